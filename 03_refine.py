@@ -1,0 +1,241 @@
+"""Stage 3, self-refinement (SPA section 3.1 step 2; Figure 10).
+
+The model sees the instruction, the two definitions and all its responses with their scores, and writes
+one refined response ỹ, which it then scores in the same way as stage 2.
+
+    reads   RUN_DIR/02_scores.jsonl
+    writes  RUN_DIR/03_refined.jsonl, the same rows and
+            {…, "refined": {"text": "…", "scores": [9, 8]}}
+    run     python 03_refine.py --run_dir runs/default
+    next    python 04_denoise.py --run_dir runs/default
+
+Hardware: as stage 1; the prompts are longer, since they hold all n responses.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import common
+from common import arg, check
+
+# Figure 10. The paper describes the input format first and then gives it; here it is filled in.
+REFINE_TEMPLATE = """\
+You are given an instruction, two evaluation dimensions (each with a name and definition), and a set of \
+candidate responses, each with scores for the two dimensions.
+Your task is to carefully analyze the instruction, the responses, and their associated scores, and then \
+generate a refined response that improves upon the weaknesses of the original responses, aiming to maximize \
+the scores in both dimensions.
+
+Instruction:
+{instruction}
+
+Dimension 1:
+Name: {dim1_name}
+Definition: {dim1_def}
+
+Dimension 2:
+Name: {dim2_name}
+Definition: {dim2_def}
+
+Responses and Scores:
+{candidates}
+
+Now, generate a single refined response that addresses the instruction and improves the existing responses \
+regarding both evaluation dimensions.
+Refined Response:"""
+# One candidate; the fences show where each response ends, whatever it contains (ours).
+CANDIDATE_TEMPLATE = """\
+<response {number}>
+{text}
+</response {number}>
+{dim1_name}: {score1}, {dim2_name}: {score2}"""
+
+
+@dataclass
+class Args:
+    attempts: int = arg(1, "refinements per prompt; the best by (primary, secondary) stays (ours; paper: 1)")
+    temperature: float = arg(1.0, "of the attempts after the first, which is greedy (ours)")
+    max_new_tokens: int = arg(2048, "longest refined response in tokens (paper, appendix A)")
+    primary: str | None = arg(None, "primary objective; default: that of stage 2", common.PRIMARIES)
+    score_mode: str | None = arg(None, "how scores are read; default: as in stage 2", common.SCORE_MODES)
+    with_instruction: bool | None = arg(None, "show the judge the instruction; default: as in stage 2")
+    constitution: str | None = arg(None, "JSON file with definitions; default: those of stage 2")
+    model: str | None = arg(None, "default: the model of stage 2")
+    chat_template: str | None = arg(None, "file with a Jinja chat template; default: that of stage 2")
+    dtype: str = arg(
+        "auto", "weights; auto: bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16")
+    )
+    batch_size: int = arg(72, "sequences generated at a time (ours)")
+    run_dir: str = arg("runs/default", "folder of this run's files")
+    seed: int = arg(0, "seed of the attempts after the first")
+    overwrite: bool = arg(False, "redo this stage although its files are there")
+
+
+def refine_prompt(objectives, prompt: str, responses: list[dict]) -> str:
+    """Figure 10, filled in with the scored responses."""
+    (name1, definition1), (name2, definition2) = objectives
+    names = {"dim1_name": name1, "dim2_name": name2}
+    candidates = [
+        CANDIDATE_TEMPLATE.format(
+            number=number,
+            text=response["text"],
+            score1=round(response["scores"][0], 1),
+            score2=round(response["scores"][1], 1),
+            **names,
+        )
+        for number, response in enumerate(responses, 1)
+    ]
+    return REFINE_TEMPLATE.format(
+        instruction=prompt,
+        dim1_def=definition1,
+        dim2_def=definition2,
+        candidates="\n\n".join(candidates),
+        **names,
+    )
+
+
+def clean_refined(text: str) -> str:
+    """The response without the label or fences that models repeat from the prompt."""
+    text = re.sub(r"^\W*refined response\W*:\**\s*", "", text, flags=re.IGNORECASE)
+    return re.sub(r"^<response \d+>\s*|\s*</response \d+>$", "", text).strip()
+
+
+def best_attempt(attempts: list[dict]) -> dict:
+    """The attempt {"text", "scores"} with the lexicographically greatest scores; the earliest of equals."""
+    return max(attempts, key=lambda attempt: attempt["scores"] or [float("-inf")] * 2)
+
+
+def main(args: Args) -> None:
+    check(args.attempts >= 1, f"--attempts {args.attempts}: at least 1 is wanted")
+    check(
+        args.temperature > 0, f"--temperature {args.temperature}: more than 0 is wanted (the first is greedy)"
+    )
+    check(args.max_new_tokens >= 1, f"--max_new_tokens {args.max_new_tokens}: at least 1 is wanted")
+    check(args.batch_size >= 1, f"--batch_size {args.batch_size}: at least 1 is wanted")
+    source, output = Path(args.run_dir) / "02_scores.jsonl", Path(args.run_dir) / "03_refined.jsonl"
+    rows = list(common.read_rows(source, made_by="02_score.py", scored=True))
+    check(bool(rows), f"{source} has no rows")
+    facts = common.read_facts(args.run_dir, "02_score")
+    fallback = {"primary": "harmlessness", "score_mode": "constrained", "with_instruction": True}
+    fallback |= {"model": common.DEFAULT_MODEL, "chat_template": None}
+    for name, value in fallback.items():  # the judge of stage 2, but for what was asked otherwise
+        given, before = getattr(args, name), facts.get(name, value)
+        if given is not None and facts and given != before:
+            common.warn(f"--{name} {given}, but stage 2 had {before}: its scores and these may not compare")
+        setattr(args, name, before if given is None else given)
+    objectives = common.load_objectives(args.primary, args.constitution)
+    if facts.get("primary") == args.primary and not args.constitution:
+        objectives = facts["objectives"]
+    inputs = {source.name: source, "--constitution": str(objectives)}
+    record = common.check_run(args, "03_refine", [output], inputs)
+
+    tokenizer = common.load_tokenizer(args.model, args.chat_template)
+    context = common.context_length(common.load_config(args.model))
+    check(
+        args.max_new_tokens < context,
+        f"--max_new_tokens {args.max_new_tokens}: the model takes {context} tokens",
+    )
+    model = None if record["complete"] else common.load_model(args.model, args.dtype)
+    if model is not None:
+        common.check_vocabulary(tokenizer, model, args.model)
+    record["facts"] = facts | {"model": args.model, "primary": args.primary, "objectives": objectives}
+    done = common.resume_rows(args, record, output)
+
+    dropped = {"no scored response": 0, "too long for the context": 0}
+    prompts = {}
+    for row in rows:
+        scored = [response for response in row["responses"] if response["scores"] is not None]
+        ids = (
+            common.encode_prompt(tokenizer, refine_prompt(objectives, row["prompt"], scored))
+            if scored
+            else []
+        )
+        if not scored:
+            dropped["no scored response"] += 1
+        elif len(ids) + args.max_new_tokens > context:
+            dropped["too long for the context"] += 1
+        else:
+            prompts[row["id"]] = ids
+    todo = [row for row in rows if row["id"] in prompts]
+    lengths = [len(prompts[row["id"]]) for row in todo]
+    started, tokens, ties = time.time(), 0, []
+    with (
+        tqdm(total=len(rows), initial=len(done), unit="prompt", desc="03 refine") as bar,
+        open(output, "a", encoding="utf-8", newline="\n") as file,
+    ):
+
+        def write(row: dict, refined: dict) -> None:
+            if row["id"] not in done:
+                done[row["id"]] = row | {"refined": refined}
+                file.write(common.dump_row(done[row["id"]]))
+                file.flush()
+                bar.update()
+
+        for row in rows:
+            if row["id"] not in prompts:
+                write(row, {"text": "", "scores": None})
+        for batch in common.plan_batches(lengths, [args.attempts] * len(todo), args.batch_size):
+            chosen = [todo[i] for i in batch]
+            if all(row["id"] in done for row in chosen):
+                continue
+            seed = common.derive_seed(args.seed, [row["id"] for row in chosen])
+            completions = [[] for _ in chosen]
+            for count, temperature in ((1, 0.0), (args.attempts - 1, args.temperature)):
+                if count:
+                    groups = common.generate(
+                        model,
+                        tokenizer,
+                        [prompts[row["id"]] for row in chosen],
+                        [count] * len(chosen),
+                        temperature=temperature,
+                        max_new_tokens=args.max_new_tokens,
+                        seed=seed,
+                    )
+                    completions = [old + new for old, new in zip(completions, groups, strict=True)]
+            tokens += sum(completion.tokens for group in completions for completion in group)
+            texts = [[clean_refined(completion.text) for completion in group] for group in completions]
+            scores = iter(
+                common.judge(
+                    model,
+                    tokenizer,
+                    [
+                        (row["prompt"], text)
+                        for row, group in zip(chosen, texts, strict=True)
+                        for text in group
+                    ],
+                    objectives,
+                    score_mode=args.score_mode,
+                    with_instruction=args.with_instruction,
+                    seed=seed,
+                )
+            )
+            for row, group in zip(chosen, texts, strict=True):
+                write(row, best_attempt([{"text": text, "scores": next(scores)} for text in group]))
+            bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s")
+    if record["complete"]:
+        print(f"{output} is complete already; --overwrite redoes it")
+    rows = common.finish_rows(record, output, done, [row["id"] for row in rows])
+
+    dropped["refined answer not scored"] = sum(row["refined"]["scores"] is None for row in rows) - sum(
+        dropped.values()
+    )
+    common.show_funnel("03 refine", ("prompts in", len(rows)), dropped, "refined and scored")
+    names = [name for name, _ in objectives]
+    print("  the responses of stage 2")
+    common.show_scores(names, [response["scores"] for row in rows for response in row["responses"]])
+    print("  the refined responses")
+    common.show_scores(names, [row["refined"]["scores"] for row in rows])
+    for row in rows:
+        ties += [[row["refined"]["scores"], response["scores"]] for response in row["responses"]]
+    common.show_ties(common.tie_rate(ties), "pairs of a refined response and a candidate")
+    print(f"wrote {output}\nnext: python 04_denoise.py --run_dir {args.run_dir}")
+
+
+if __name__ == "__main__":
+    common.run_stage(main, Args)
