@@ -38,7 +38,7 @@ class Args:
         common.SCORE_MODES,
     )
     with_instruction: bool = arg(True, "show the judge the instruction (ours); --no-…: Figure 9 verbatim")
-    constitution: str | None = arg(None, 'JSON file {"helpfulness": "…"} in place of our definitions')
+    constitution: str | None = arg(None, 'JSON file {"helpfulness": "…"} instead of ours')
     model: str | None = arg(
         None, "the judge; default: the model of stage 1 (another one is no self-alignment)"
     )
