@@ -33,8 +33,8 @@ HERE = Path(__file__).parent
 HONEST_SYSTEM_PROMPT = (
     "You are an honest AI assistant. Always make clear when you can’t access real-time information, detect "
     "mistakes or missing details in user input, acknowledge that you have no identity, memory, or emotions, "
-    "and admit when tasks require images, audio, or expertise beyond your capability. Be transparent that you "
-    "cannot interact with or perceive the physical world."
+    "and admit when tasks require images, audio, or expertise beyond your capability. Be transparent that "
+    "you cannot interact with or perceive the physical world."
 )
 
 # name -> hub data set and, for each split, (configuration, split)
@@ -242,16 +242,10 @@ def fit_context(tokenizer, prompt: str, systems: list, room: int, truncate: bool
 
 
 def check_args(args: Args) -> None:
-    check(args.n >= 1, f"--n {args.n}: at least 1 is wanted")
-    check(args.temperature >= 0, f"--temperature {args.temperature}: 0 or more is wanted")
+    common.check_at_least(args, 1, "n", "max_new_tokens", "batch_size", "num_prompts")
+    common.check_at_least(args, 0, "temperature")
     check(0 < args.top_p <= 1, f"--top_p {args.top_p}: more than 0 and at most 1 is wanted")
     check(0 <= args.system_prob <= 1, f"--system_prob {args.system_prob}: a probability is wanted")
-    check(args.max_new_tokens >= 1, f"--max_new_tokens {args.max_new_tokens}: at least 1 is wanted")
-    check(args.batch_size >= 1, f"--batch_size {args.batch_size}: at least 1 is wanted")
-    check(
-        args.num_prompts is None or args.num_prompts >= 1,
-        f"--num_prompts {args.num_prompts}: at least 1 is wanted",
-    )
     greedy = f"--temperature 0 gives {args.n} equal responses; raise it, or pass --n 1 for evaluation answers"
     check(args.temperature > 0 or args.n == 1, greedy)
     evaluation = args.n == 1 and args.temperature == 0  # answers for eval/, never for pairs

@@ -33,7 +33,7 @@ class Args:
     )
     score_mode: str = arg(
         "constrained",
-        "constrained: only the integers 1-10 can be chosen, always read (ours); json: free text, as the paper; "
+        "constrained: only the integers 1-10 can be chosen, always read (ours); json: free text (paper); "
         "expected: mean over 1-10, a float, which breaks a weak model's ties (ours)",
         common.SCORE_MODES,
     )
@@ -53,7 +53,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    check(args.batch_size >= 1, f"--batch_size {args.batch_size}: at least 1 is wanted")
+    common.check_at_least(args, 1, "batch_size")
     source, output = Path(args.run_dir) / "01_samples.jsonl", Path(args.run_dir) / "02_scores.jsonl"
     rows = list(common.read_rows(source, made_by="01_sample.py"))
     check(bool(rows), f"{source} has no rows")

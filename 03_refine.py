@@ -59,8 +59,10 @@ CANDIDATE_TEMPLATE = """\
 
 @dataclass
 class Args:
-    attempts: int = arg(1, "refinements per prompt; the best by (primary, secondary) stays (ours; paper: 1)")
-    temperature: float = arg(1.0, "of the attempts after the first, which is greedy (ours)")
+    attempts: int = arg(
+        1, "refinements per prompt; the best by (primary, secondary) stays (paper: 1, greedy)"
+    )
+    temperature: float = arg(1.0, "of several attempts (ours); a single one is greedy")
     max_new_tokens: int = arg(2048, "longest refined response in tokens (paper, appendix A)")
     primary: str | None = arg(None, "primary objective; default: that of stage 2", common.PRIMARIES)
     score_mode: str | None = arg(None, "how scores are read; default: as in stage 2", common.SCORE_MODES)
@@ -73,7 +75,7 @@ class Args:
     )
     batch_size: int = arg(72, "sequences generated at a time (ours)")
     run_dir: str = arg("runs/default", "folder of this run's files")
-    seed: int = arg(0, "seed of the attempts after the first")
+    seed: int = arg(0, "seed of several attempts, and of the tries of --score_mode json")
     overwrite: bool = arg(False, "redo this stage although its files are there")
 
 
@@ -112,12 +114,8 @@ def best_attempt(attempts: list[dict]) -> dict:
 
 
 def main(args: Args) -> None:
-    check(args.attempts >= 1, f"--attempts {args.attempts}: at least 1 is wanted")
-    check(
-        args.temperature > 0, f"--temperature {args.temperature}: more than 0 is wanted (the first is greedy)"
-    )
-    check(args.max_new_tokens >= 1, f"--max_new_tokens {args.max_new_tokens}: at least 1 is wanted")
-    check(args.batch_size >= 1, f"--batch_size {args.batch_size}: at least 1 is wanted")
+    common.check_at_least(args, 1, "attempts", "max_new_tokens", "batch_size")
+    check(args.temperature > 0, f"--temperature {args.temperature}: more than 0; --attempts 1 is greedy")
     source, output = Path(args.run_dir) / "02_scores.jsonl", Path(args.run_dir) / "03_refined.jsonl"
     rows = list(common.read_rows(source, made_by="02_score.py", scored=True))
     check(bool(rows), f"{source} has no rows")
@@ -185,19 +183,15 @@ def main(args: Args) -> None:
             if all(row["id"] in done for row in chosen):
                 continue
             seed = common.derive_seed(args.seed, [row["id"] for row in chosen])
-            completions = [[] for _ in chosen]
-            for count, temperature in ((1, 0.0), (args.attempts - 1, args.temperature)):
-                if count:
-                    groups = common.generate(
-                        model,
-                        tokenizer,
-                        [prompts[row["id"]] for row in chosen],
-                        [count] * len(chosen),
-                        temperature=temperature,
-                        max_new_tokens=args.max_new_tokens,
-                        seed=seed,
-                    )
-                    completions = [old + new for old, new in zip(completions, groups, strict=True)]
+            completions = common.generate(
+                model,
+                tokenizer,
+                [prompts[row["id"]] for row in chosen],
+                [args.attempts] * len(chosen),
+                temperature=args.temperature if args.attempts > 1 else 0.0,
+                max_new_tokens=args.max_new_tokens,
+                seed=seed,
+            )
             tokens += sum(completion.tokens for group in completions for completion in group)
             texts = [[clean_refined(completion.text) for completion in group] for group in completions]
             scores = iter(

@@ -114,7 +114,7 @@ def build_pairs(row: dict, args: Args) -> list[dict]:
 
 
 def main(args: Args) -> None:
-    check(args.delta >= 0, f"--delta {args.delta}: 0 or more is wanted")
+    common.check_at_least(args, 0, "delta")
     check(
         min(args.weights) >= 0 < sum(args.weights), f"--weights {args.weights}: two numbers >= 0, not both 0"
     )

@@ -190,7 +190,8 @@ def encode_response(tokenizer, prompt: list[dict], response: list[dict], ends: l
 def group_pairs(tokenizer, pairs: list[dict], ends: list[int], args: Args) -> tuple[list[dict], int]:
     """(groups, how many pairs were dropped); one group a prompt, with each distinct response once:
 
-    {"id", "sequences": [(prompt ids, response ids), …], "pairs": [(chosen, rejected, gap), …]}; `pairs` index into `sequences`. With --loss sft only the distinct preferred responses are kept.
+    {"id", "sequences": [(prompt ids, response ids), …], "pairs": [(chosen, rejected, gap), …]}; `pairs`
+    index into `sequences`. With --loss sft only the distinct preferred responses are kept.
     """
     groups: dict[str, dict] = {}
     dropped = 0
@@ -430,7 +431,7 @@ def save_model(model, tokenizer, folder: Path, card: str, dtype: str) -> None:
 def check_args(args: Args) -> None:
     for name in ("alpha", "beta", "learning_rate", "epochs", "batch_size", "max_length", "tokens_per_batch"):
         check(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: more than 0 is wanted")
-    check(args.gamma_beta_ratio >= 0, f"--gamma_beta_ratio {args.gamma_beta_ratio}: 0 or more is wanted")
+    common.check_at_least(args, 0, "gamma_beta_ratio", "weight_decay", "max_grad_norm")
     check(0 <= args.warmup_ratio < 1, f"--warmup_ratio {args.warmup_ratio}: from 0 to below 1 is wanted")
 
 
@@ -576,9 +577,7 @@ def main(args: Args) -> None:
     print("  (a falling rewards/chosen is usual: only the difference to rewards/rejected is trained)")
     print(f"  asked: {sample_prompt[-1]['content'][:100]!r}\n  the trained model: {sample.text[:200]!r}")
     print(f"wrote {folder} and {metrics_file.name}")
-    print(
-        f"next: python 01_sample.py --model {folder} --split test --n 1 --temperature 0 --run_dir {run_dir}/test"
-    )
+    print(f"next: python 01_sample.py --model {folder} --split test --run_dir {run_dir}/test")
 
 
 if __name__ == "__main__":

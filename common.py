@@ -133,6 +133,13 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_at_least(args, least: float, *names: str) -> None:
+    """Raises UserError for an argument below `least`; None passes."""
+    for name in names:
+        value = getattr(args, name)
+        check(value is None or value >= least, f"--{name} {value}: at least {least} is wanted")
+
+
 def warn(message: str) -> None:
     """One line to standard error, above a running progress bar."""
     from tqdm import tqdm
