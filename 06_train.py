@@ -38,7 +38,7 @@ from tqdm import tqdm
 import common
 from common import arg, check
 
-PROJECTION_CHUNK = 1024  # response positions whose logits over the vocabulary are in memory at a time
+PROJECTION_CHUNK = 256  # response positions whose logits over the vocabulary are in memory at a time
 
 
 @dataclass

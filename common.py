@@ -99,7 +99,7 @@ def parse_args(args_class, argv: list[str] | None = None):
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(args_class)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_"), names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown option {unknown[0]}{hint} (--help lists the options)")
     return args_class(**vars(known))

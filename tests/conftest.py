@@ -1,0 +1,146 @@
+"""Tiny models and tokenizers, made here: the tests need no network and no real weights."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_train")
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {
+    "plain": CHATML,
+    "bos": "{{ bos_token }}" + CHATML,
+    "pad_eos": CHATML,
+    "no_template": None,
+    "no_end": CHATML.replace("<|im_end|>", "|"),
+    "default_system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    + CHATML,
+    # drops what is in the prompt's turn once it is answered, as some thinking models' templates do
+    "not_a_prefix": CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"),
+    "ten_is_one": CHATML,
+}
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer. "10" is two tokens, but for the kind ten_is_one."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    splits = [] if kind == "ten_is_one" else [pre_tokenizers.Digits(individual_digits=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [common.JUDGE_TEMPLATE, *common.CONSTITUTION.values(), ": 10, : 10 10" * 99]
+    special = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if kind == "bos":  # adds <s> to every text unless told not to
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        pad_token="<|im_end|>" if kind == "pad_eos" else "<pad>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = TEMPLATES[kind]
+    return fast
+
+
+def make_model(vocab_size: int, seed: int = 0, context: int = 1024) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.3,  # so that the logits differ visibly
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(kind) -> the folder of a saved tiny model with that kind of tokenizer."""
+    made = {}
+
+    def make(kind: str = "plain") -> str:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(f"tiny_{kind}")
+            tokenizer = make_tokenizer(kind)
+            tokenizer.save_pretrained(folder)
+            make_model(len(tokenizer)).save_pretrained(folder)
+            made[kind] = str(folder)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call("01_sample", "--n", 3, …) runs a stage in this process: (exit code, stdout, stderr)."""
+
+    def run(stage: str, *arguments) -> tuple[int, str, str]:
+        module = importlib.import_module(stage)
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, arguments)])
+        code = 0
+        try:
+            common.run_stage(module.main, module.Args)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def run_script(script: str, *arguments, **options) -> subprocess.CompletedProcess:
+    """Runs a script of the kit as a user does, in a process of its own."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def scored_row(id: str, candidates: list, refined, texts: list[str] | None = None) -> dict:
+    """A row of 03_refined.jsonl from scores alone."""
+    texts = texts or [f"{id} answer {i}" for i in range(len(candidates))]
+    responses = [{"text": t, "system": None, "scores": s} for t, s in zip(texts, candidates, strict=True)]
+    return {
+        "id": id,
+        "prompt": f"question {id}",
+        "responses": responses,
+        "refined": {"text": f"{id} refined", "scores": refined},
+    }
