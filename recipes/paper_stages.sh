@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 N=${N:-5}                   # Table 5: 3 or 5
 TOKENS=${TOKENS:-2048}      # appendix A
+SCORES=${SCORES:-json}      # Figure 9's free text; the kit's default, constrained, always gives a score
 RHO=${RHO:-30}              # Table 5: 10, 20, 30, 40 or 50
 DELTA=${DELTA:-2}           # Table 5: 2, 3 or 4
 ALPHA=${ALPHA:-1}           # Table 5: 1, 2, 3 or 4
@@ -17,7 +18,7 @@ LAUNCH=${LAUNCH:---config_file configs/fsdp.yaml} # 8 GPUs
 
 python 01_sample.py --run_dir "$RUN" --model "$MODEL" --prompts "$PROMPTS" --num_prompts "$NUM_PROMPTS" \
   --n "$N" --temperature 1 --max_new_tokens "$TOKENS" --system_prob "$SYSTEM_PROB"
-python 02_score.py --run_dir "$RUN" --primary "$PRIMARY" --score_mode json
+python 02_score.py --run_dir "$RUN" --primary "$PRIMARY" --score_mode "$SCORES"
 python 03_refine.py --run_dir "$RUN" --max_new_tokens "$TOKENS"
 python 04_denoise.py --run_dir "$RUN" --rho "$RHO" $DENOISE
 python 05_pairs.py --run_dir "$RUN" --delta "$DELTA"

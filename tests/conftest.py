@@ -30,8 +30,8 @@ TEMPLATES = {
     "pad_eos": CHATML,
     "no_template": None,
     "no_end": CHATML.replace("<|im_end|>", "|"),
-    "default_system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-    + CHATML,
+    "default_system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}" + CHATML,
     # drops what is in the prompt's turn once it is answered, as some thinking models' templates do
     "not_a_prefix": CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"),
     "ten_is_one": CHATML,

@@ -434,6 +434,7 @@ def test_one_paper_recipe_to_its_end(tiny, tmp_path):
         "RUN": str(tmp_path / "run"),
         "NUM_PROMPTS": "4",
         "TOKENS": "8",
+        "SCORES": "constrained",  # a random model writes no JSON
         "LAUNCH": "--config_file configs/cpu.yaml",
         "DENOISE": "--no-consistency --no-informativeness",
         "DELTA": "0",
