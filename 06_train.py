@@ -19,10 +19,12 @@ Hardware: float32 weights, gradients and AdamW take 16 bytes a parameter: 2 GB f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -31,7 +33,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -67,9 +70,6 @@ class Args:
         8192, "padded tokens in one forward pass; changes memory, never the gradient (ours)"
     )
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, a third more time")
-    save_dtype: str = arg(
-        "float32", "weights of the saved model; bfloat16 rounds small updates away", ("float32", "bfloat16")
-    )
     output_dir: str | None = arg(None, "folder of the trained model; default: 06_model in the run directory")
     model: str | None = arg(None, "model to train; default: the model of stage 1")
     chat_template: str | None = arg(None, "file with a Jinja chat template; default: that of stage 1")
@@ -295,52 +295,102 @@ def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[t
     }
 
 
-def all_logps(model, groups: list[dict], budget: int, device) -> list[torch.Tensor]:
-    """Summed log-probabilities of every group's sequences, without gradient, in float32 on the CPU."""
-    places = [(g, s) for g, group in enumerate(groups) for s in range(len(group["sequences"]))]
-    lengths = [[sequence_lengths(groups[g])[s]] for g, s in places]
-    result = [torch.zeros(len(group["sequences"])) for group in groups]
+def all_logps(accelerator, model, groups: list[dict], budget: int) -> list[torch.Tensor]:
+    """Summed log-probabilities of every group's sequences, without gradient, on every process; float32, CPU.
+
+    The processes share the work; each makes as many forward passes as the busiest, since sharded weights
+    are gathered by all of them together.
+    """
+    sequences = [sequence for group in groups for sequence in group["sequences"]]
+    bins = pack([[len(prompt) + len(response)] for prompt, response in sequences], budget)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    result = torch.zeros(len(sequences), device=accelerator.device)
     with torch.no_grad():
-        for members in tqdm(pack(lengths, budget), desc="06 log-probabilities", unit="batch", leave=False):
-            batch = [groups[places[i][0]]["sequences"][places[i][1]] for i in members]
-            for i, value in zip(members, model(**to_batch(batch, device)).tolist(), strict=True):
-                result[places[i][0]][places[i][1]] = value
-    return result
+        rounds = range(0, len(bins), world)
+        for start in tqdm(rounds, desc="06 log-probabilities", unit="batch", leave=False, disable=rank > 0):
+            members = bins[min(start + rank, len(bins) - 1)]
+            values = model(**to_batch([sequences[i] for i in members], accelerator.device))
+            if start + rank < len(bins):
+                result[members] = values.float()
+    result = accelerator.reduce(result, "sum").cpu()
+    return list(result.split([len(group["sequences"]) for group in groups]))
+
+
+def plan_passes(
+    groups: list[dict], budget: int
+) -> tuple[list[list[dict]], list[tuple[dict, list[list[int]]]]]:
+    """(forward passes that hold whole prompts, [(a prompt too large for one pass, its parts), …])."""
+    whole, split = [], []
+    for members in pack([sequence_lengths(group) for group in groups], budget):
+        parts = pack([[length] for length in sequence_lengths(groups[members[0]])], budget)
+        if len(members) == 1 and len(parts) > 1:
+            split.append((groups[members[0]], parts))
+        else:
+            whole.append([groups[i] for i in members])
+    return whole, split
 
 
 def backward_step(accelerator, model, groups: list[dict], args: Args, denominator: float) -> dict[str, float]:
-    """Accumulates the gradient of Σ losses / denominator over these prompts; returns sums of the metrics.
+    """The gradient of Σ losses / denominator over the prompts of one step; returns the metrics' sums.
 
-    Prompts are packed whole into forward passes of --tokens_per_batch. One whose responses don't fit
-    together is split: the log-probabilities are computed without graph, dloss/dlogp from them, and then
-    each part's log-probabilities are weighted by it. The gradient is the same.
+    Every process takes its share of the prompts, packed whole into passes of --tokens_per_batch. A prompt
+    whose responses don't fit together is split: its log-probabilities are computed without graph, dloss/dlogp
+    from them, and then each part's log-probabilities are weighted by it. The gradient is the same. All
+    processes make equally many passes (the missing ones with weight 0), so none waits for another.
     """
-    sums: dict[str, float] = {}
-
-    def add(losses, metrics):
-        for name, values in {"loss": losses.detach(), **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + values.sum().item()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    plans = [plan_passes(groups[r::world], args.tokens_per_batch) for r in range(world)]
+    whole, split = plans[rank]
+    looks = max(sum(len(parts) for _, parts in split) for _, split in plans)
+    passes = max(len(whole) + sum(len(parts) for _, parts in split) for whole, split in plans)
+    sums = dict.fromkeys(metric_names(args), 0.0)
 
     def forward(sequences):
         return model(**to_batch(sequences, accelerator.device))
 
-    for members in pack([sequence_lengths(group) for group in groups], args.tokens_per_batch):
-        chosen = [groups[i] for i in members]
-        sequences = [sequence for group in chosen for sequence in group["sequences"]]
-        lengths = [length for group in chosen for length in sequence_lengths(group)]
-        parts = pack([[length] for length in lengths], args.tokens_per_batch)
-        if len(chosen) > 1 or len(parts) == 1:
-            losses, metrics = group_losses(chosen, forward(sequences), args)
-            accelerator.backward(losses.sum() / denominator)
-        else:
-            logps = all_logps(model, chosen, args.tokens_per_batch, accelerator.device)[0]
-            logps = logps.to(accelerator.device).requires_grad_()
-            losses, metrics = group_losses(chosen, logps, args)
-            (slope,) = torch.autograd.grad(losses.sum() / denominator, logps)
+    def losses_of(chosen, logps):
+        losses, metrics = group_losses(chosen, logps, args)
+        for name, values in {"loss": losses.detach(), **metrics}.items():
+            sums[name] += values.sum().item()
+        return losses.sum() / denominator
+
+    weighted = []  # (sequences, dloss/dlogp): the parts of split prompts
+    with torch.no_grad():
+        for group, parts in split:
+            logps = torch.zeros(len(group["sequences"]), device=accelerator.device)
             for part in parts:
-                accelerator.backward((forward([sequences[i] for i in part]) * slope[part]).sum())
-        add(losses, metrics)
-    return sums
+                logps[part] = forward([group["sequences"][i] for i in part]).float()
+            with torch.enable_grad():
+                logps.requires_grad_()
+                (slope,) = torch.autograd.grad(losses_of([group], logps), logps)
+            weighted += [([group["sequences"][i] for i in part], slope[part]) for part in parts]
+        for _ in range(looks - len(weighted)):
+            forward(groups[0]["sequences"][:1])
+
+    todo = [("whole", chosen) for chosen in whole] + [("part", part) for part in weighted]
+    todo += [("nothing", None)] * (passes - len(todo))
+    delay = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    for number, (kind, item) in enumerate(todo, 1):
+        with accelerator.no_sync(model) if delay and number < passes else contextlib.nullcontext():
+            if kind == "whole":
+                loss = losses_of(
+                    item, forward([sequence for group in item for sequence in group["sequences"]])
+                )
+            elif kind == "part":
+                loss = (forward(item[0]) * item[1]).sum()
+            else:
+                loss = forward(groups[0]["sequences"][:1]).sum() * 0.0
+            accelerator.backward(loss * world)  # the processes' gradients are averaged, ours are summed
+    total = accelerator.reduce(torch.tensor([*sums.values()], device=accelerator.device), "sum")
+    return dict(zip(sums, total.tolist(), strict=True))
+
+
+def metric_names(args: Args) -> list[str]:
+    """What group_losses reports, the loss first."""
+    if args.loss == "sft":
+        return ["loss", "logps/chosen"]
+    rewards = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    return ["loss", *rewards, "logps/chosen", "logps/rejected"]
 
 
 def total_metrics(groups: list[dict], logps: list[torch.Tensor], args: Args) -> dict[str, float]:
@@ -413,15 +463,20 @@ Versions: {versions}
 """
 
 
-def save_model(model, tokenizer, folder: Path, card: str, dtype: str) -> None:
-    """Writes the checkpoint beside `folder` and puts it in its place when it is whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
+def save_model(accelerator, model, tokenizer, folder: Path, card: str) -> None:
+    """Writes the checkpoint beside `folder` and puts it in its place when it is whole.
+
+    All processes take part: sharded weights are gathered, and the first process writes them.
+    """
+    state = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.to(getattr(torch, dtype)).save_pretrained(partial)
+    accelerator.unwrap_model(model).save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
@@ -436,84 +491,91 @@ def check_args(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    accelerator = Accelerator()
-    check(
-        accelerator.num_processes == 1,
-        "several processes are not supported yet: launch with --num_processes 1",
-    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+    kind = accelerator.distributed_type
+    check(kind in kinds, f"accelerate's {kind} is not supported; see configs/")
+    sharded, first_process = kind == DistributedType.FSDP, accelerator.is_main_process
     args.beta = args.beta if args.beta is not None else 0.01 if args.loss == "dpo" else 2.0
     check_args(args)
     run_dir = Path(args.run_dir)
     source, folder = run_dir / "05_pairs.jsonl", Path(args.output_dir or run_dir / "06_model")
     args.output_dir = str(folder)
     stem = folder.name.removesuffix("_model")
-    metrics_file = folder.with_name(f"{stem}_metrics.jsonl")
+    metrics_file, record_file = (
+        folder.with_name(f"{stem}_metrics.jsonl"),
+        folder.with_name(f"{stem}_args.json"),
+    )
     pairs = read_pairs(source, needs_gap=args.loss == "spa")
     facts = common.read_facts(args.run_dir, "05_pairs")
     args.model = args.model or facts.get("model", common.DEFAULT_MODEL)
     args.chat_template = args.chat_template or facts.get("chat_template")
-    record_file = folder.with_name(f"{stem}_args.json")
     record = common.check_run(args, "06_train", [folder, metrics_file], {source.name: source}, record_file)
     if record["complete"]:
         print(f"{folder} is complete already; --overwrite trains again")
         return
 
+    # The pairs, the weights and the order of the steps: the same on every process.
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
-    model = common.load_model(args.model, "float32")
+    model = common.load_model(args.model, "float32", device=accelerator.device)
     common.check_vocabulary(tokenizer, model, args.model)
     args.max_length = min(args.max_length, common.context_length(model.config))
-    ends = common.end_token_ids(tokenizer, model)
-    groups, dropped = group_pairs(tokenizer, pairs, ends, args)
+    groups, dropped = group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), args)
     check(bool(groups), f"no response fits into --max_length {args.max_length} with its prompt")
     steps = plan_steps(len(groups), args)
-    if args.loss == "spa":
-        set_weights(groups, args, None)
-        for step in steps if args.gap_mean == "batch" else []:
-            gaps = [gap for g in step for *_, gap in groups[g]["pairs"]]
-            check(
-                sum(gaps) > 0, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset"
-            )
-    else:
-        set_weights(groups, args, None)
+    set_weights(groups, args, None)
+    for step in steps if args.loss == "spa" and args.gap_mean == "batch" else []:
+        gaps = [gap for g in step for *_, gap in groups[g]["pairs"]]
+        check(sum(gaps) > 0, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # such a config loads, but refuses to be saved after hours of training
         model.generation_config.do_sample = True
-    record["facts"] = facts | {"base_model": args.model, "model": str(folder), "loss": args.loss}
-    common.write_record(record)
 
     gamma = args.beta * args.gamma_beta_ratio
-    print(f"loss {args.loss}: β {args.beta:g}, γ {gamma:g}, γ/β {args.gamma_beta_ratio:g}, α {args.alpha:g}")
-    if args.gamma_beta_ratio > 1.6:
+    accelerator.print(f"loss {args.loss}: β {args.beta:g}, γ {gamma:g}, γ/β {args.gamma_beta_ratio:g}")
+    accelerator.print(
+        f"processes: {accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}"
+    )
+    if args.gamma_beta_ratio > 1.6 and first_process:
         common.warn(f"--gamma_beta_ratio {args.gamma_beta_ratio:g} is above 1.6; it is γ/β, not γ")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # without it the model stays in evaluation mode: no dropout, for the loss is exact
     model.forward = functools.partial(response_logps, model)  # so that wrappers around the model see one call
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    plain_model = model
+    if sharded and accelerator.mixed_precision == "bf16":  # accelerate's policy would round our sums to bf16
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     model, optimizer = accelerator.prepare(model, optimizer)
     check(all(p.dtype == torch.float32 for p in model.parameters()), "the weights are not in float32")
     factor = functools.partial(learning_rate_factor, steps=len(steps), warmup_ratio=args.warmup_ratio)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, factor)
+    if first_process:
+        record["facts"] = facts | {"base_model": args.model, "model": str(folder), "loss": args.loss}
+        common.write_record(record)
 
-    before = all_logps(model, groups, args.tokens_per_batch, accelerator.device)
+    before = all_logps(accelerator, model, groups, args.tokens_per_batch)
     for group, values in zip(groups, before, strict=True):
         group["reference"] = values.tolist()  # dpo's frozen reference, computed once
     first = {"step": 0, **{f"all/{k}": v for k, v in total_metrics(groups, before, args).items()}}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     started, tokens = time.time(), 0
-    with open(metrics_file, "w", encoding="utf-8") as log, tqdm(steps, desc="06 train", unit="step") as bar:
+    with (
+        open(metrics_file if first_process else os.devnull, "w", encoding="utf-8") as log,
+        tqdm(steps, desc="06 train", unit="step", disable=not first_process) as bar,
+    ):
         log.write(common.dump_row(first))
         for number, step in enumerate(bar, 1):
             batch = [groups[g] for g in step]
-            if args.loss == "spa" and args.gap_mean == "batch":
+            if args.gap_mean == "batch":
                 set_weights(batch, args, None)
-            sums = backward_step(accelerator, model, batch, args, denominator_of(batch, args))
+            denominator = denominator_of(batch, args)
+            sums = backward_step(accelerator, model, batch, args, denominator)
             norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            finite = math.isfinite(sums["loss"]) and math.isfinite(float(norm))
+            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             ids = ", ".join(str(group["id"]) for group in batch)
+            finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
             check(
                 finite, f"step {number}: the loss is not finite; its prompts: {ids}; lower --learning_rate?"
             )
@@ -522,50 +584,48 @@ def main(args: Args) -> None:
             optimizer.zero_grad()
             schedule.step()
             tokens += sum(length for group in batch for length in sequence_lengths(group))
-            count = len(batch) if args.loss == "sft" else denominator_of(batch, args)
-            values = {name: value / count for name, value in sums.items()}
-            values["loss"] = sums["loss"] / denominator_of(batch, args)
+            count = sum(len(group["sequences"]) for group in batch) if args.loss == "sft" else denominator
+            values = {name: value / count for name, value in sums.items()} | {
+                "loss": sums["loss"] / denominator
+            }
             row = {"step": number, "epoch": number * args.epochs / len(steps), **values}
-            log.write(common.dump_row(row | {"grad_norm": float(norm), "learning_rate": rate}))
+            log.write(common.dump_row(row | {"grad_norm": norm, "learning_rate": rate}))
             log.flush()
-            speed = f"{tokens / (time.time() - started):.0f}"
-            shown = {"loss": f"{values['loss']:.4f}", "tokens/s": speed}
-            if "rewards/margins" in values:
-                shown |= {
-                    "margin": f"{values['rewards/margins']:.3f}",
-                    "acc": f"{values['rewards/accuracies']:.2f}",
-                }
+            shown = {"loss": f"{values['loss']:.4f}", "tokens/s": f"{tokens / (time.time() - started):.0f}"}
+            if args.loss != "sft":
+                margin, accuracy = values["rewards/margins"], values["rewards/accuracies"]
+                shown |= {"margin": f"{margin:.3f}", "acc": f"{accuracy:.2f}"}
             bar.set_postfix(shown)
-        if args.loss == "spa" and args.gap_mean == "batch":
-            set_weights(groups, args, None)
-        after = all_logps(model, groups, args.tokens_per_batch, accelerator.device)
+        set_weights(groups, args, None)
+        after = all_logps(accelerator, model, groups, args.tokens_per_batch)
         last = {f"all/{k}": v for k, v in total_metrics(groups, after, args).items()}
         log.write(common.dump_row({"step": len(steps), **last}))
 
-    plain_model = accelerator.unwrap_model(model)
-    vars(plain_model).pop("forward", None)  # the class's own forward again
-    sample_prompt = pairs[0]["prompt"]
-    sample_ids = common.encode_pieces(tokenizer, common.render_chat(tokenizer, sample_prompt, True))
-    options = {"temperature": 0.0, "max_new_tokens": 64, "seed": args.seed}
-    ((sample,),) = common.generate(plain_model.eval(), tokenizer, [sample_ids], [1], **options)
-    count = sum(len(group["pairs"]) for group in groups)
     card = MODEL_CARD.format(
         base=args.model,
         name=folder.name,
         loss=args.loss,
-        pairs=count or len(pairs),
+        pairs=len(pairs) - dropped,
         prompts=len(groups),
         arguments=json.dumps(asdict(args)),
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     )
-    save_model(plain_model, tokenizer, folder, card, args.save_dtype)
-    common.write_record(record | {"complete": True})
+    save_model(accelerator, model, tokenizer, folder, card)
+    if first_process:
+        common.write_record(record | {"complete": True})
+        report(args, groups, first, last, len(pairs), dropped, len(steps))
+        if not sharded:
+            show_sample(accelerator.unwrap_model(model), tokenizer, pairs[0]["prompt"])
+        print(f"wrote {folder} and {metrics_file.name}")
+        print(f"next: python 01_sample.py --model {folder} --split test --run_dir {run_dir}/test")
+    accelerator.end_training()
 
-    common.show_funnel(
-        "06 train", ("pairs in", len(pairs)), {"longer than --max_length": dropped}, "pairs used"
-    )
+
+def report(args, groups: list[dict], first: dict, last: dict, pairs: int, dropped: int, steps: int) -> None:
+    """Prints what was used and the metrics over all pairs before and after training."""
+    common.show_funnel("06 train", ("pairs in", pairs), {"longer than --max_length": dropped}, "pairs used")
     responses = sum(len(group["sequences"]) for group in groups)
-    print(f"  prompts: {len(groups)}, distinct responses: {responses}, optimizer steps: {len(steps)}")
+    print(f"  prompts: {len(groups)}, distinct responses: {responses}, optimizer steps: {steps}")
     if args.loss == "spa":
         weights = torch.tensor([w for group in groups for w in group["weights"]])
         effective = (weights.sum() ** 2 / (weights**2).sum()).item()
@@ -574,10 +634,16 @@ def main(args: Args) -> None:
     print(f"  {'over all pairs':<22}{'before':>10}{'after':>10}")
     for name, value in last.items():
         print(f"  {name.removeprefix('all/'):<22}{first[name]:>10.4f}{value:>10.4f}")
-    print("  (a falling rewards/chosen is usual: only the difference to rewards/rejected is trained)")
-    print(f"  asked: {sample_prompt[-1]['content'][:100]!r}\n  the trained model: {sample.text[:200]!r}")
-    print(f"wrote {folder} and {metrics_file.name}")
-    print(f"next: python 01_sample.py --model {folder} --split test --run_dir {run_dir}/test")
+    print("  (a falling rewards/chosen is usual: only its difference to rewards/rejected is trained)")
+
+
+def show_sample(model, tokenizer, prompt: list[dict]) -> None:
+    """Prints the trained model's greedy answer to one prompt: gibberish would be seen at once."""
+    vars(model).pop("forward", None)  # the class's own forward again
+    ids = common.encode_pieces(tokenizer, common.render_chat(tokenizer, prompt, True))
+    options = {"temperature": 0.0, "max_new_tokens": 64, "seed": 0}
+    ((sample,),) = common.generate(model.eval(), tokenizer, [ids], [1], **options)
+    print(f"  asked: {prompt[-1]['content'][:100]!r}\n  the trained model: {sample.text[:200]!r}")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def run_stage(main, args_class) -> None:
     try:
         main(parse_args(args_class))
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
@@ -477,8 +478,8 @@ def load_config(name: str):
     return _from_pretrained(AutoConfig, name)
 
 
-def load_model(name: str, dtype: str = "auto"):
-    """The causal model on the best device, in evaluation mode.
+def load_model(name: str, dtype: str = "auto", device=None):
+    """The causal model on `device` (default: the GPU if there is one), in evaluation mode.
 
     dtype: float32, bfloat16, or auto (bfloat16 on a GPU that has it, else float32).
     """
@@ -490,7 +491,7 @@ def load_model(name: str, dtype: str = "auto"):
     if dtype == "auto":
         dtype = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
-    return model.to("cuda" if cuda else "cpu").eval()
+    return model.to(device or ("cuda" if cuda else "cpu")).eval()
 
 
 def check_vocabulary(tokenizer, model, name: str) -> None:

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_model, make_tokenizer, read_rows, scored_row, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -170,14 +171,7 @@ def naive_loss(model, reference, tokenizer, pairs: list[dict], args) -> torch.Te
     return sum(losses) / len(losses)
 
 
-class Plain:
-    """The two things that backward_step asks of an accelerator."""
-
-    device = "cpu"
-
-    @staticmethod
-    def backward(loss):
-        loss.backward()
+PLAIN = Accelerator(cpu=True)  # one process
 
 
 @pytest.mark.parametrize("budget", [100_000, 300, 60], ids=["one batch", "several", "prompts split"])
@@ -192,10 +186,10 @@ def test_gradient_equals_a_naive_float64_step(loss, budget):
     train.set_weights(groups, args, None)
     for network in (reference, model):
         network.forward = functools.partial(train.response_logps, network)
-    for group, values in zip(groups, train.all_logps(reference, groups, 512, "cpu"), strict=True):
+    for group, values in zip(groups, train.all_logps(PLAIN, reference, groups, 512), strict=True):
         group["reference"] = values.tolist()
     denominator = train.denominator_of(groups, args)
-    sums = train.backward_step(Plain, model, groups, args, denominator)
+    sums = train.backward_step(PLAIN, model, groups, args, denominator)
     ours = {name: p.grad.double() for name, p in model.named_parameters()}
 
     for network in (reference, model):
