@@ -468,13 +468,17 @@ def save_model(accelerator, model, tokenizer, folder: Path, card: str) -> None:
 
     All processes take part: sharded weights are gathered, and the first process writes them.
     """
-    state = accelerator.get_state_dict(model)
+    model, state = accelerator.unwrap_model(model), {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # gathered by all together
+        if accelerator.is_main_process:
+            state[name] = value.detach().to("cpu", copy=True)
     if not accelerator.is_main_process:
         return
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    accelerator.unwrap_model(model).save_pretrained(partial, state_dict=state)
+    model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():

@@ -14,14 +14,15 @@ ATTEMPTS=4         # refinements per prompt, the best stays; paper: 1
 DELTA=0.3          # expected scores lie close together; paper: 2 to 4
 RATE=1e-5          # paper: 5e-7 to 1e-5
 EPOCHS=2
-TEST_PROMPTS=12    # paper: 500
+TEST_PROMPTS=10    # paper: 500
 
 python 01_sample.py --run_dir $RUN --num_prompts $PROMPTS --n $N --max_new_tokens $TOKENS
 python 02_score.py --run_dir $RUN --score_mode $SCORES
 python 03_refine.py --run_dir $RUN --attempts $ATTEMPTS --max_new_tokens $TOKENS
 python 04_denoise.py --run_dir $RUN
 python 05_pairs.py --run_dir $RUN --delta $DELTA
-accelerate launch --num_processes 1 06_train.py --run_dir $RUN --learning_rate $RATE --epochs $EPOCHS --batch_size 4
+accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+  06_train.py --run_dir $RUN --learning_rate $RATE --epochs $EPOCHS --batch_size 4 --tokens_per_batch 1024
 
 # Held-out prompts: the base model's sampled and refined answers, then the trained model's, one judge for all.
 TEST="--split test --num_prompts $TEST_PROMPTS --n $N --max_new_tokens $TOKENS"
