@@ -586,6 +586,43 @@ def pad_left(rows: list[list[int]], pad_id: int, device):
     return ids, mask
 
 
+def new_cache(config):
+    """An empty key-value cache that appends in place.
+
+    transformers' own copies all keys and values at every token: with a long prompt and a large batch on a
+    CPU that copy takes most of the time. Sliding-window layers stay as they are.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class InPlaceLayer(DynamicLayer):
+        room = 64  # positions added when the buffers are full
+        buffers = None
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            """Appends (B, heads, new, D) to what is kept; returns all keys and values (B, heads, T, D)."""
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            past = self.get_seq_length()
+            total = past + key_states.shape[-2]
+            # rows may have been selected or repeated since: then keys is no longer a view of the buffer
+            current = self.buffers is not None and past and self.keys.data_ptr() == self.buffers[0].data_ptr()
+            if not current or total > self.buffers[0].shape[-2]:
+                room = total + self.room
+                self.buffers = tuple(
+                    new.new_empty((*new.shape[:2], room, new.shape[-1])) for new in (key_states, value_states)
+                )
+                if past:
+                    self.buffers[0][:, :, :past], self.buffers[1][:, :, :past] = self.keys, self.values
+            self.buffers[0][:, :, past:total], self.buffers[1][:, :, past:total] = key_states, value_states
+            self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=config)
+    cache.layers = [InPlaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def read_tokens(model, cache, mask, ids):
     """Reads the tokens `ids` (B, T) after what is in `cache`; returns the last position's logits (B, V).
 
@@ -615,7 +652,6 @@ def generate(
     repetition penalty) does not count. The same batch with the same seed gives the same text.
     """
     import torch
-    from transformers import DynamicCache
 
     ends = end_token_ids(tokenizer, model)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
@@ -626,7 +662,7 @@ def generate(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     torch.manual_seed(seed)
     with torch.inference_mode():
-        cache = DynamicCache(config=model.config)
+        cache = new_cache(model.config)
         read_tokens(model, cache, mask[:, :-1], ids[:, :-1])  # generate reads the last token itself
         cache.batch_select_indices(rows)
         output = model.generate(
@@ -801,7 +837,6 @@ def read_scores(model, tokenizer, prompts: list[list[int]], names: list[str], ex
     prompts share (the constitution) are read once, each prompt's rest once, the skeleton on the kept cache.
     """
     import torch
-    from transformers import DynamicCache
 
     device, size = model.device, len(prompts)
     head = f'{{\n    "{names[0]}": '
@@ -814,7 +849,7 @@ def read_scores(model, tokenizer, prompts: list[list[int]], names: list[str], ex
     )
     rows = [prompt + first for prompt in prompts]
     shared = min(shared_prefix(rows), min(map(len, rows)) - 1)
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model.config)
     mask = torch.ones((size, shared), dtype=torch.long, device=device)
 
     def read(tokens: list[list[int]], keep: bool = True):
