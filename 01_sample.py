@@ -266,9 +266,6 @@ def main(args: Args) -> None:
     record = common.check_run(args, "01_sample", [output], {args.prompts: str(listed)})
 
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
-    model = common.load_model(args.model, args.dtype) if not record["complete"] else None
-    if model is not None:
-        common.check_vocabulary(tokenizer, model, args.model)
     context = common.context_length(common.load_config(args.model))
     room = context - args.max_new_tokens
     check(room > 0, f"--max_new_tokens {args.max_new_tokens} leaves no room in the model's {context} tokens")
@@ -288,7 +285,10 @@ def main(args: Args) -> None:
     )
 
     record["facts"] = {"model": args.model, "chat_template": args.chat_template}
-    done = common.resume_rows(args, record, output)
+    done = common.done_rows(args, record, output, len(rows))
+    model = None if record["complete"] else common.load_model(args.model, args.dtype)
+    common.check_vocabulary(tokenizer, model, args.model)
+    common.begin_rows(args, record, output)
     lengths = [max(len(ids) for ids in encoded[row["id"]].values()) for row in rows]
     started, tokens, truncated = time.time(), 0, 0
     with (

@@ -70,9 +70,6 @@ def main(args: Args) -> None:
 
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
     context = common.context_length(common.load_config(args.model))
-    model = None if record["complete"] else common.load_model(args.model, args.dtype)
-    if model is not None:
-        common.check_vocabulary(tokenizer, model, args.model)
     record["facts"] = {
         "model": args.model,
         "chat_template": args.chat_template,
@@ -81,7 +78,10 @@ def main(args: Args) -> None:
         "score_mode": args.score_mode,
         "with_instruction": args.with_instruction,
     }
-    done = common.resume_rows(args, record, output)
+    done = common.done_rows(args, record, output, len(rows))
+    model = None if record["complete"] else common.load_model(args.model, args.dtype)
+    common.check_vocabulary(tokenizer, model, args.model)
+    common.begin_rows(args, record, output)
 
     def prompt_length(row: dict, response: dict) -> int:
         text = common.judge_prompt(objectives, row["prompt"], response["text"], args.with_instruction)

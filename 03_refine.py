@@ -139,11 +139,11 @@ def main(args: Args) -> None:
         args.max_new_tokens < context,
         f"--max_new_tokens {args.max_new_tokens}: the model takes {context} tokens",
     )
-    model = None if record["complete"] else common.load_model(args.model, args.dtype)
-    if model is not None:
-        common.check_vocabulary(tokenizer, model, args.model)
     record["facts"] = facts | {"model": args.model, "primary": args.primary, "objectives": objectives}
-    done = common.resume_rows(args, record, output)
+    done = common.done_rows(args, record, output, len(rows))
+    model = None if record["complete"] else common.load_model(args.model, args.dtype)
+    common.check_vocabulary(tokenizer, model, args.model)
+    common.begin_rows(args, record, output)
 
     dropped = {"no scored response": 0, "too long for the context": 0}
     prompts = {}

@@ -228,7 +228,7 @@ def dump_row(row: dict) -> str:
 @contextlib.contextmanager
 def replace_file(path: Path):
     """Opens a file beside `path` for writing, and puts it in the place of `path` once it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
             yield file
@@ -272,9 +272,8 @@ def check_run(
     """Compares this call with the one that made the run directory's files of this stage.
 
     `inputs` maps a name to a file (its content counts) or a text; `record_file` is RUN_DIR/NN_args.json
-    unless given. Returns the record to be written by
-    `write_record`, "complete" being true if the same call has already finished. Raises UserError that
-    names the argument that differs, unless `--overwrite` is given.
+    unless given. Returns the record for `write_record`, "complete" being true if the same call has already
+    finished. Raises UserError that names the argument that differs, unless `--overwrite` is given.
     """
     ours = {
         key: value for key, value in dataclasses.asdict(args).items() if key not in ("overwrite", "run_dir")
@@ -330,23 +329,34 @@ def write_record(record: dict) -> None:
         file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
-def resume_rows(args, record: dict, output: Path) -> dict[str, dict]:
-    """Marks the stage as begun and returns the rows that `output` already has, by id.
+def done_rows(args, record: dict, output: Path, wanted: int) -> dict[str, dict]:
+    """The whole rows that `output` already has, by id; nothing is written.
 
-    A half-written last line is cut off. With `--overwrite` the old file goes first, so no kill in between
-    can leave its rows beside the new arguments.
+    The record stays complete only if all `wanted` rows are there.
+    """
+    done = {}
+    if output.exists() and not args.overwrite:
+        for number, line in read_lines(output):
+            if line.endswith("\n"):
+                row = parse_json(line, f"{output}, line {number}")
+                done[row["id"]] = row
+    record["complete"] = record["complete"] and len(done) >= wanted
+    return done
+
+
+def begin_rows(args, record: dict, output: Path) -> None:
+    """Marks the stage as begun, and cuts a half-written last line off `output`.
+
+    With `--overwrite` the old file goes first, so no kill in between can leave its rows beside the new
+    arguments.
     """
     if args.overwrite:
         output.unlink(missing_ok=True)
     if not record["complete"]:
         write_record(record)
-    if not output.exists():
-        return {}
-    with open(output, "rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    rows = (parse_json(line, f"{output}, line {number}") for number, line in read_lines(output))
-    return {row["id"]: row for row in rows}
+    if output.exists():
+        with open(output, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def finish_rows(record: dict, output: Path, rows: dict, order: list) -> list:
@@ -495,7 +505,9 @@ def load_model(name: str, dtype: str = "auto", device=None):
 
 
 def check_vocabulary(tokenizer, model, name: str) -> None:
-    """UserError unless every token of the tokenizer has a row in the model's embedding."""
+    """UserError unless every token has a row in the embedding of the model, if a model is given."""
+    if model is None:
+        return
     rows = model.get_input_embeddings().num_embeddings
     check(
         len(tokenizer) <= rows, f"'{name}': the tokenizer has {len(tokenizer)} tokens, the model only {rows}"

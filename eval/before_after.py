@@ -67,9 +67,8 @@ def main(args: Args) -> None:
     print(f"\nmean score by one judge, ± standard error over {len(shared)} held-out prompts")
     print(f"  {'':<18}{names[0]:>16}{names[1]:>16}{'answers':>10}")
     for system, groups in systems.items():
-        cells = "".join(
-            f"{mean_and_error(list(axis)):>16}" for axis in zip(*prompt_means(groups), strict=True)
-        )
+        means = prompt_means(groups)
+        cells = "".join(f"{mean_and_error([pair[axis] for pair in means]):>16}" for axis in (0, 1))
         print(f"  {system:<18}{cells}{sum(len(group) for group in groups):>10}")
 
 

@@ -56,10 +56,18 @@ def test_repair_and_resume(tmp_path):
     args = importlib.import_module("01_sample").Args(run_dir=str(tmp_path))
     output = tmp_path / "01_samples.jsonl"
     record = common.check_run(args, "01_sample", [output], {})
-    assert common.resume_rows(args, record, output) == {}
-    output.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c", "te', encoding="utf-8")
+    assert common.done_rows(args, record, output, 3) == {} and not record["complete"]
+    common.begin_rows(args, record, output)
+    output.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c"}', encoding="utf-8")
+    common.write_record(record | {"complete": True})
     record = common.check_run(args, "01_sample", [output], {})
-    assert list(common.resume_rows(args, record, output)) == ["a", "b"]
+    assert record["complete"]
+    assert list(common.done_rows(args, record, output, 3)) == ["a", "b"], (
+        "a line without its end does not count"
+    )
+    assert not record["complete"], "whatever the record says"
+    assert output.read_text().endswith("}"), "looking changes nothing"
+    common.begin_rows(args, record, output)
     assert output.read_text() == '{"id": "a"}\n{"id": "b"}\n'
 
 

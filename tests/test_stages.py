@@ -142,7 +142,8 @@ def test_resumes_from_every_row_and_any_byte(finished, tmp_path, call, stage):
         b"".join(made),
     ]
     for cut in cuts:
-        record = json.loads((finished[0] / f"{stage[:2]}_args.json").read_text()) | {"complete": False}
+        record = json.loads((finished[0] / f"{stage[:2]}_args.json").read_text())
+        record["complete"] = len(cut) % 2 == 0  # what the record says does not matter
         (run_dir / f"{stage[:2]}_args.json").write_text(json.dumps(record))
         output.write_bytes(cut)
         code, _, err = call(stage, *arguments)
