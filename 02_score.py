@@ -132,7 +132,7 @@ def main(args: Args) -> None:
     unread = scores.count(None) - too_long
     dropped = {"too long for the context (null)": too_long, "answer not readable (null)": unread}
     common.show_funnel("02 score", ("responses in", len(scores)), dropped, "responses scored")
-    common.show_scores([name for name, _ in objectives], scores)
+    common.ScoreHistogram(scores).show(common.objective_names(record["facts"]), "responses")
     common.show_ties(common.tie_rate(groups), "pairs of a prompt's responses")
     print(f"wrote {output}\nnext: python 03_refine.py --run_dir {args.run_dir}")
 

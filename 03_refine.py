@@ -220,11 +220,9 @@ def main(args: Args) -> None:
         dropped.values()
     )
     common.show_funnel("03 refine", ("prompts in", len(rows)), dropped, "refined and scored")
-    names = [name for name, _ in objectives]
-    print("  the responses of stage 2")
-    common.show_scores(names, [response["scores"] for row in rows for response in row["responses"]])
-    print("  the refined responses")
-    common.show_scores(names, [row["refined"]["scores"] for row in rows])
+    names, candidates = common.objective_names(record["facts"]), [r for row in rows for r in row["responses"]]
+    common.ScoreHistogram(r["scores"] for r in candidates).show(names, "candidates")
+    common.ScoreHistogram(row["refined"]["scores"] for row in rows).show(names, "refined")
     for row in rows:
         ties += [[row["refined"]["scores"], response["scores"]] for response in row["responses"]]
     common.show_ties(common.tie_rate(ties), "pairs of a refined response and a candidate")

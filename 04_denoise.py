@@ -111,6 +111,7 @@ def main(args: Args) -> None:
     record = common.check_run(args, "04_denoise", [kept_file, dropped_file], {source.name: source})
 
     dropped, dets, enough = dict.fromkeys(ADVICE, 0), [], False
+    candidates, refined = common.ScoreHistogram(), common.ScoreHistogram()
     total = 0
     with common.replace_file(kept_file) as kept, common.replace_file(dropped_file) as others:
         for row in tqdm(rows, unit="prompt", desc="04 denoise"):
@@ -120,6 +121,9 @@ def main(args: Args) -> None:
             if reason is None:
                 kept.write(common.dump_row(row | {"det": det}))
                 dets.append(det)
+                refined.add(row["refined"]["scores"])
+                for response in row["responses"]:
+                    candidates.add(response["scores"])
             else:
                 others.write(common.dump_row(row | {"det": det, "reason": reason}))
                 dropped[reason] += 1
@@ -134,6 +138,8 @@ def main(args: Args) -> None:
     common.show_funnel("04 denoise", ("prompts in", total), dropped, "prompts kept")
     if dets:
         dets.sort()
+        candidates.show(common.objective_names(facts), "kept candidates")
+        refined.show(common.objective_names(facts), "kept refined")
         print(f"  det of the kept: min {dets[0]:.4g}, median {dets[len(dets) // 2]:.4g}, max {dets[-1]:.4g}")
     print(f"wrote {kept_file} and {dropped_file.name}")
     if not dets:

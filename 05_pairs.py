@@ -125,6 +125,7 @@ def main(args: Args) -> None:
 
     prompts = without = pairs = zero_gap = lower_total = 0
     gap_sum, margins = 0.0, {}
+    chosen, rejected = common.ScoreHistogram(), common.ScoreHistogram()
     with common.replace_file(output) as file:
         rows = common.read_rows(source, made_by="04_denoise.py", scored=True)
         for row in tqdm(rows, unit="prompt", desc="05 pairs"):
@@ -134,6 +135,8 @@ def main(args: Args) -> None:
             for pair in built:
                 file.write(common.dump_row(pair))
                 pairs += 1
+                chosen.add(pair["chosen_scores"])
+                rejected.add(pair["rejected_scores"])
                 gap_sum += pair["gap"]
                 zero_gap += pair["gap"] == 0
                 lower_total += tidy(sum(pair["chosen_scores"]) - sum(pair["rejected_scores"])) < 0
@@ -143,6 +146,8 @@ def main(args: Args) -> None:
 
     common.show_funnel("05 pairs", ("prompts in", prompts), {"without a pair": without}, "prompts with pairs")
     if pairs:
+        chosen.show(common.objective_names(facts), "chosen")
+        rejected.show(common.objective_names(facts), "rejected")
         print(f"  pairs: {pairs}, mean gap {gap_sum / pairs:.3f}")
         print("  margin, rounded down: " + ", ".join(f"{m}: {count}" for m, count in sorted(margins.items())))
         print(

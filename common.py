@@ -949,18 +949,38 @@ def show_funnel(title: str, start: tuple[str, int], dropped: dict[str, int], kep
     print(f"  {kept:<{width}}  {start[1] - sum(dropped.values()):>6}", flush=True)
 
 
-def show_scores(names: list[str], scores: list[list | None]) -> None:
-    """Prints the histogram of two scores over 1 … 10 (floats rounded half up) and the means."""
-    read = [pair for pair in scores if pair is not None]
-    share = f" ({len(read) / len(scores):.0%})" if scores else ""
-    print(f"  scores read: {len(read)} of {len(scores)}{share}")
-    print(f"  {'score':<14}" + "".join(f"{k:>5}" for k in range(1, 11)) + "   mean")
-    for axis, name in enumerate(names):
-        bins = [0] * 10
-        for pair in read:
-            bins[min(10, max(1, math.floor(pair[axis] + 0.5))) - 1] += 1
-        mean = f"{sum(pair[axis] for pair in read) / len(read):7.2f}" if read else "      –"
-        print(f"  {name:<14}" + "".join(f"{count:>5}" for count in bins) + mean)
+class ScoreHistogram:
+    """Counts of two scores over 1 … 10 (floats rounded half up), their sums, and how many were not read."""
+
+    def __init__(self, scores: typing.Iterable[list | None] = ()):
+        self.read, self.unread = 0, 0
+        self.sums, self.bins = [0.0, 0.0], [[0] * 10, [0] * 10]
+        for pair in scores:
+            self.add(pair)
+
+    def add(self, pair: list | None) -> None:
+        if pair is None:
+            self.unread += 1
+            return
+        self.read += 1
+        for axis, score in enumerate(pair):
+            self.sums[axis] += score
+            self.bins[axis][min(10, max(1, math.floor(score + 0.5))) - 1] += 1
+
+    def show(self, names: list[str], title: str) -> None:
+        """Prints the title with the share that was read, and a line of counts and the mean for each name."""
+        total = self.read + self.unread
+        share = f" ({self.read / total:.0%})" if total else ""
+        print(f"  {title}: scores read {self.read} of {total}{share}")
+        print(f"    {'score':<14}" + "".join(f"{k:>6}" for k in range(1, 11)) + "    mean")
+        for name, bins, total in zip(names, self.bins, self.sums, strict=True):
+            mean = f"{total / self.read:8.2f}" if self.read else f"{'–':>8}"
+            print(f"    {name:<14}" + "".join(f"{count:>6}" for count in bins) + mean)
+
+
+def objective_names(facts: dict) -> list[str]:
+    """The names of the two objectives, as an earlier stage recorded them."""
+    return [name for name, _ in facts.get("objectives", [["primary", ""], ["secondary", ""]])]
 
 
 def tie_rate(groups: list[list]) -> float | None:

@@ -58,7 +58,7 @@ def main(args: Args) -> None:
             print(f"  {name}\n{answer}")
 
     facts = common.read_facts(args.base_run, "03_refine")
-    names = [name for name, _ in facts.get("objectives", [["primary", ""], ["secondary", ""]])]
+    names = common.objective_names(facts)
     systems = {
         "base, sampled": [[response["scores"] for response in base[id]["responses"]] for id in shared],
         "base, refined": [[base[id]["refined"]["scores"]] for id in shared],

@@ -370,11 +370,13 @@ def test_free_answers_are_asked_again_twice_then_null(monkeypatch, tiny):
 
 
 def test_histogram_and_ties(capsys):
-    common.show_scores(NAMES, [[1, 10], [9.5, 10], [4.4, 9.6], None])
+    common.ScoreHistogram([[1, 10], [9.5, 10], [4.4, 9.6], None]).show(NAMES, "some")
     out = capsys.readouterr().out.splitlines()
-    assert "scores read: 3 of 4 (75%)" in out[0]
+    assert out[0] == "  some: scores read 3 of 4 (75%)"
     assert [int(x) for x in out[2].split()[1:11]] == [1, 0, 0, 1, 0, 0, 0, 0, 0, 1]
     assert [int(x) for x in out[3].split()[1:11]] == [0] * 9 + [3] and out[3].split()[-1] == "9.87"
+    common.ScoreHistogram().show(NAMES, "none")
+    assert "scores read 0 of 0" in capsys.readouterr().out
     assert common.tie_rate([[[1, 2], [1, 2], [3, 4]], [None, [1, 2]]]) == pytest.approx(1 / 3)
     assert common.tie_rate([[None]]) is None
 

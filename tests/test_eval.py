@@ -1,12 +1,7 @@
 """eval/: the before-and-after table."""
 
-import importlib.util
-
-from conftest import ROOT, run_script, scored_row, write_rows
-
-SPEC = importlib.util.spec_from_file_location("before_after", ROOT / "eval" / "before_after.py")
-before_after = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(before_after)
+import before_after
+from conftest import run_script, scored_row, write_rows
 
 
 def test_means_are_over_prompts_not_responses():

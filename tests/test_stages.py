@@ -90,7 +90,7 @@ def test_six_stages(finished, tiny):
             in printed[stage]
         )
         assert "in " in printed[stage] and "wrote " in printed[stage]
-    assert "scores read: 27 of 27 (100%)" in printed["02_score"] and "ties: " in printed["03_refine"]
+    assert "scores read 27 of 27 (100%)" in printed["02_score"] and "ties: " in printed["03_refine"]
 
 
 def copy_run(finished, tmp_path, stage: str) -> tuple[Path, list[str]]:
@@ -217,7 +217,7 @@ def test_score_modes_and_objectives(finished, tmp_path, call, mode, primary):
     assert primary.capitalize() in out and "Helpfulness" in out
     if mode == "json":  # a random model writes no JSON: nulls, counted, no default number
         assert scores == [None] * 27
-        assert "scores read: 0 of 27 (0%)" in out and re.search(r"answer not readable \(null\) +27", out)
+        assert "scores read 0 of 27 (0%)" in out and re.search(r"answer not readable \(null\) +27", out)
         code, _, err = call("03_refine", "--run_dir", run_dir, "--max_new_tokens", 4)
         assert code == 0 and all(
             row["refined"]["scores"] is None for row in read_rows(run_dir / "03_refined.jsonl")
