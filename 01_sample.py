@@ -125,6 +125,7 @@ def load_hub(name: str, split: str) -> list[dict]:
     """Rows of a hub data set; UserError that says what to do if it is gated or out of reach."""
     import datasets
 
+    common.quiet_libraries()
     repository, splits = HUB[name]
     check(split in splits, f"{name} has the splits {', '.join(splits)}, not '{split}'")
     configuration, hub_split = splits[split]

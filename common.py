@@ -402,9 +402,11 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 def quiet_libraries() -> None:
-    """Silences the libraries' own progress bars; ours stay."""
+    """Silences the libraries' own progress bars, warnings and retries; our own lines stay."""
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
