@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import common
 from common import UserError, arg
@@ -199,6 +199,33 @@ def test_sampling_has_the_models_distribution(tiny):
     likely = probabilities > 0.005
     assert likely.sum() > 5
     assert ((counts / 4000 - probabilities).abs()[likely] < 5 * spread[likely]).all()
+
+
+def test_the_in_place_cache_equals_the_copying_one():
+    """Growth beyond its room, rows selected and repeated in between: the same keys and values."""
+    config, rng = make_model(16).config, torch.Generator().manual_seed(0)
+    ours, theirs, rows = common.new_cache(config), DynamicCache(config=config), 3
+
+    def append(count):
+        for layer in range(config.num_hidden_layers):
+            keys, values = (torch.randn(rows, 2, count, 8, generator=rng) for _ in range(2))
+            for mine, other in zip(
+                ours.update(keys, values, layer), theirs.update(keys, values, layer), strict=True
+            ):
+                assert torch.equal(mine, other)
+
+    append(5)
+    append(1)
+    for cache in (ours, theirs):
+        cache.batch_select_indices(torch.tensor([2, 0, 0, 1]))
+    rows = 4
+    for _ in range(70):  # more than the room of 64
+        append(1)
+    for cache in (ours, theirs):
+        cache.batch_repeat_interleave(2)
+    rows = 8
+    append(2)
+    assert ours.get_seq_length() == theirs.get_seq_length() == 78
 
 
 def test_batches_hold_whole_items_longest_first():
