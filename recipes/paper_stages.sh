@@ -23,4 +23,5 @@ python 03_refine.py --run_dir "$RUN" --max_new_tokens "$TOKENS"
 python 04_denoise.py --run_dir "$RUN" --rho "$RHO" $DENOISE
 python 05_pairs.py --run_dir "$RUN" --delta "$DELTA"
 accelerate launch $LAUNCH 06_train.py --run_dir "$RUN" --loss spa --alpha "$ALPHA" --beta "$BETA" \
-  --gamma_beta_ratio "$GAMMA_RATIO" --learning_rate "$RATE" --epochs "$EPOCHS" --batch_size "$BATCH"
+  --gamma_beta_ratio "$GAMMA_RATIO" --learning_rate "$RATE" --epochs "$EPOCHS" --batch_size "$BATCH" \
+  --gradient_checkpointing
