@@ -106,7 +106,6 @@ def main(args: Args) -> None:
         run_dir / f for f in ("03_refined.jsonl", "04_denoised.jsonl", "04_dropped.jsonl")
     )
     rows = common.read_rows(source, made_by="03_refine.py", scored=True, refined=True)
-    check(source.exists(), f"{source} not found; run 03_refine.py with this --run_dir first")
     facts = common.read_facts(args.run_dir, "03_refine")
     record = common.check_run(args, "04_denoise", [kept_file, dropped_file], {source.name: source})
 

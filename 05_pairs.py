@@ -119,7 +119,7 @@ def main(args: Args) -> None:
         min(args.weights) >= 0 < sum(args.weights), f"--weights {args.weights}: two numbers >= 0, not both 0"
     )
     source, output = Path(args.run_dir) / args.input, Path(args.run_dir) / "05_pairs.jsonl"
-    check(source.exists(), f"{source} not found; run 04_denoise.py with this --run_dir first")
+    rows = common.read_rows(source, made_by="04_denoise.py", scored=True)
     facts = common.read_facts(args.run_dir, "04_denoise")
     record = common.check_run(args, "05_pairs", [output], {source.name: source})
 
@@ -127,7 +127,6 @@ def main(args: Args) -> None:
     gap_sum, margins = 0.0, {}
     chosen, rejected = common.ScoreHistogram(), common.ScoreHistogram()
     with common.replace_file(output) as file:
-        rows = common.read_rows(source, made_by="04_denoise.py", scored=True)
         for row in tqdm(rows, unit="prompt", desc="05 pairs"):
             prompts += 1
             built = build_pairs(row, args)

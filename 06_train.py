@@ -488,9 +488,10 @@ def save_model(accelerator, model, tokenizer, folder: Path, card: str) -> None:
 
 
 def check_args(args: Args) -> None:
-    for name in ("alpha", "beta", "learning_rate", "epochs", "batch_size", "max_length", "tokens_per_batch"):
+    positive = ("alpha", "beta", "learning_rate", "epochs", "batch_size", "max_length", "tokens_per_batch")
+    for name in (*positive, "max_grad_norm"):  # a norm clipped to 0 would train nothing, silently
         check(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: more than 0 is wanted")
-    common.check_at_least(args, 0, "gamma_beta_ratio", "weight_decay", "max_grad_norm")
+    common.check_at_least(args, 0, "gamma_beta_ratio", "weight_decay")
     check(0 <= args.warmup_ratio < 1, f"--warmup_ratio {args.warmup_ratio}: from 0 to below 1 is wanted")
 
 
@@ -516,7 +517,7 @@ def main(args: Args) -> None:
     args.chat_template = args.chat_template or facts.get("chat_template")
     record = common.check_run(args, "06_train", [folder, metrics_file], {source.name: source}, record_file)
     if record["complete"]:
-        print(f"{folder} is complete already; --overwrite trains again")
+        accelerator.print(f"{folder} is complete already; --overwrite trains again")
         return
 
     # The pairs, the weights and the order of the steps: the same on every process.
@@ -541,7 +542,7 @@ def main(args: Args) -> None:
     accelerator.print(
         f"processes: {accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}"
     )
-    if args.gamma_beta_ratio > 1.6 and first_process:
+    if args.gamma_beta_ratio > 1.6:
         common.warn(f"--gamma_beta_ratio {args.gamma_beta_ratio:g} is above 1.6; it is γ/β, not γ")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

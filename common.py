@@ -111,7 +111,7 @@ def run_stage(main, args_class) -> None:
     try:
         main(parse_args(args_class))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        if _speaks():
             print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
@@ -145,7 +145,12 @@ def warn(message: str) -> None:
     """One line to standard error, above a running progress bar."""
     from tqdm import tqdm
 
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    if _speaks():
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # of several processes the first
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -199,9 +204,14 @@ def read_rows(path: Path, made_by: str, scored: bool = False, refined: bool = Fa
 
     Every row needs a unique `id`, a `prompt` and `responses`, a list of {"text", …}; with `scored`,
     each response also has `scores` ([a, b] or null); with `refined`, the row has a scored `refined`.
-    `made_by` is the stage to run when the file is missing. Raises UserError with file and line.
+    `made_by` is the stage to run when the file is missing, which is said at once; the rows are read as they
+    are asked for. Raises UserError with file and line.
     """
     check(path.exists(), f"{path} not found; run {made_by} with this --run_dir first")
+    return _checked_rows(path, scored, refined)
+
+
+def _checked_rows(path: Path, scored: bool, refined: bool) -> typing.Iterator[dict]:
     seen = set()
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
@@ -913,6 +923,8 @@ def judge(
     score_mode: "constrained" (integers, greedy, always read), "expected" (floats), "json" (the paper's free
     text at temperature 0; what can't be read is asked again with sampling, twice at most, then None).
     """
+    if not items:
+        return []
     texts = [judge_prompt(objectives, prompt, response, with_instruction) for prompt, response in items]
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     names = [name for name, _ in objectives]

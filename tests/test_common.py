@@ -376,6 +376,14 @@ def test_ten_can_win(kind):
     assert [math.exp(logps[0][k - 1]) for k in wanted] == pytest.approx(list(wanted.values()), abs=1e-6)
 
 
+def test_nothing_to_judge_is_no_score(tiny):
+    """A batch whose responses all exceed the context: they stay null."""
+    model, tokenizer = load(tiny())
+    for mode in common.SCORE_MODES:
+        options = {"score_mode": mode, "with_instruction": True, "seed": 0}
+        assert common.judge(model, tokenizer, [], OBJECTIVES, **options) == []
+
+
 def test_free_answers_are_asked_again_twice_then_null(monkeypatch, tiny):
     model, tokenizer = load(tiny())
     asked = []

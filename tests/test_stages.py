@@ -192,6 +192,14 @@ def test_an_unfinished_predecessor_is_refused(finished, tmp_path, call):
     assert code == 2 and "01_sample.py has not finished" in err
 
 
+def test_responses_longer_than_the_context_stay_null(tiny, tmp_path, call):
+    rows = [{"id": "long", "prompt": "x", "responses": [{"text": "word " * 2000, "system": None}]}]
+    write_rows(tmp_path / "01_samples.jsonl", rows)
+    code, out, err = call("02_score", "--run_dir", tmp_path, "--model", tiny())
+    assert code == 0 and re.search(r"- too long for the context \(null\) +1\n", out), err
+    assert read_rows(tmp_path / "02_scores.jsonl")[0]["responses"][0]["scores"] is None
+
+
 def test_stages_take_files_of_ones_own(finished, tmp_path, call, tiny):
     for name in ("01_samples.jsonl",):
         shutil.copy(finished[0] / name, tmp_path)
