@@ -11,16 +11,33 @@ responses alone). Each distinct response goes through the model once, however ma
     reads   RUN_DIR/05_pairs.jsonl
     writes  RUN_DIR/06_model/ (--output_dir), a Hugging Face checkpoint, and beside it
             06_metrics.jsonl, one row per step: {"step": 1, "loss": …, "rewards/margins": …, …}
-    run     accelerate launch 06_train.py --run_dir runs/default
-            python 06_train.py …  is the same on one device
+            06_checkpoints/ while it runs: the same command goes on from the last one
+    run     accelerate launch --config_file configs/ddp.yaml 06_train.py --run_dir runs/default
+            also configs/fsdp.yaml, zero3.yaml; python 06_train.py …  is the same on one device
 
 Hardware: float32 weights, gradients and AdamW take 16 bytes a parameter: 2 GB for 135M, 8 × 80 GB for 8B.
+
+The metrics, means over the pairs of a step (over a set of prompts before and after training: eval/…, held
+out by --eval_fraction, or else train/…, over up to 64 prompts of the pairs themselves):
+
+    loss                  what is minimised; for sft, per response token
+    rewards/chosen        β/|y| · log π(y|x) of the preferred response; dpo: β · log (π/π_ref).
+                          It usually falls: only its difference to rewards/rejected is trained
+    rewards/rejected      the same of the other response
+    rewards/margins       rewards/chosen − rewards/rejected; the loss wants it above γ
+    rewards/accuracies    share of the pairs with a margin above 0
+    logps/chosen, logps/rejected      log-probability per token; near 0 means learnt by heart
+    weights/effective_sample_size     (Σ w)² / Σ w² as a share of the pairs: 1 if all weights are equal
+    weights/zero_fraction             share of the pairs with weight 0 (equal totals), which teach nothing
+    grad_norm             of the whole gradient, before clipping
+    learning_rate, epoch, num_tokens  the step's rate; passes over the pairs; distinct tokens so far
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -34,14 +51,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
+from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import arg, check
+from common import UserError, arg, check
 
 PROJECTION_CHUNK = 256  # response positions whose logits over the vocabulary are in memory at a time
+MEASURED_PROMPTS = 64  # measured before and after training where none are held out
+LAUNCHES = {DistributedType[name] for name in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")}
+MAY_CHANGE = ("save_steps", "tokens_per_batch", "gradient_checkpointing", "attn_implementation", "tracker")
 
 
 @dataclass
@@ -63,6 +84,12 @@ class Args:
     warmup_ratio: float = arg(0.1, "share of the steps with rising learning rate; then a cosine (SimPO's)")
     epochs: int = arg(1, "passes over the pairs (paper silent)")
     batch_size: int = arg(16, "prompts per optimizer step over all processes (paper silent)")
+    label_smoothing: float = arg(
+        0.0, "share of pairs taken to be the wrong way round (ours; not in the paper)"
+    )
+    sft_weight: float = arg(
+        0.0, "adds this × −log π(y|x)/|y| of the preferred response (ours; not in the paper)"
+    )
     max_grad_norm: float = arg(1.0, "gradient clipping (SimPO's)")
     weight_decay: float = arg(0.0, "of AdamW (SimPO's)")
     max_length: int = arg(4096, "prompt and response in tokens; longer prompts lose their left (ours)")
@@ -70,6 +97,15 @@ class Args:
         8192, "padded tokens in one forward pass; changes memory, never the gradient (ours)"
     )
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, a third more time")
+    attn_implementation: str | None = arg(
+        None, "attention function of transformers: sdpa, flash_attention_2, eager, …; default: its own choice"
+    )
+    eval_fraction: float = arg(0.0, "share of the prompts held out of training, for eval/… metrics (ours)")
+    eval_steps: int = arg(0, "steps between two evaluations; 0: at the end of every epoch")
+    save_steps: int = arg(25, "steps between two checkpoints to resume from, 12 bytes a parameter; 0: none")
+    tracker: str | None = arg(
+        None, "also log to this one; it must be installed", ("tensorboard", "wandb", "trackio")
+    )
     output_dir: str | None = arg(None, "folder of the trained model; default: 06_model in the run directory")
     model: str | None = arg(None, "model to train; default: the model of stage 1")
     chat_template: str | None = arg(None, "file with a Jinja chat template; default: that of stage 1")
@@ -93,18 +129,26 @@ def pair_weights(gaps, alpha: float, mean_gap: float | None = None) -> torch.Ten
     return ((gaps / mean) ** alpha).float()
 
 
-def spa_loss(chosen_logps, rejected_logps, weights, beta: float, gamma: float) -> torch.Tensor:
+def preference_nll(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """−log σ(logits), (P,); smoothed as in cDPO, a share of it is the opposite preference's."""
+    return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
+
+
+def spa_loss(chosen_logps, rejected_logps, weights, beta, gamma, label_smoothing=0.0) -> torch.Tensor:
     """Equation 3, before the mean over pairs; all tensors have shape (P,), so has the result.
 
     chosen_logps, rejected_logps: log π(y|x) / |y|, the average log-probability per response token, end
     token included. weights: w_i; all 1 gives SimPO. γ is absolute: gamma_beta_ratio · β.
     """
-    return -weights * F.logsigmoid(beta * (chosen_logps - rejected_logps) - gamma)  # equation 3
+    return weights * preference_nll(beta * (chosen_logps - rejected_logps) - gamma, label_smoothing)
 
 
-def dpo_loss(chosen_logps, rejected_logps, chosen_reference, rejected_reference, beta: float) -> torch.Tensor:
+def dpo_loss(
+    chosen_logps, rejected_logps, chosen_reference, rejected_reference, beta, label_smoothing=0.0
+) -> torch.Tensor:
     """DPO (arXiv 2305.18290, equation 7), before the mean; sums of log-probabilities, each of shape (P,)."""
-    return -F.logsigmoid(beta * ((chosen_logps - chosen_reference) - (rejected_logps - rejected_reference)))
+    logits = beta * ((chosen_logps - chosen_reference) - (rejected_logps - rejected_reference))
+    return preference_nll(logits, label_smoothing)
 
 
 def response_logps(model, input_ids, attention_mask, response_mask) -> torch.Tensor:
@@ -262,9 +306,9 @@ def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[t
     """
     device = logps.device
     counts = [len(response) for group in groups for _, response in group["sequences"]]
-    lengths = torch.tensor(counts, device=device, dtype=logps.dtype)  # |y|
+    average = logps / torch.tensor(counts, device=device, dtype=logps.dtype)  # log π(y|x) / |y|
     if args.loss == "sft":
-        return -logps, {"logps/chosen": logps.detach() / lengths}
+        return -logps, {"logps/chosen": average.detach()}
     offsets = itertools.accumulate((len(group["sequences"]) for group in groups), initial=0)
     index = [
         (offset + c, offset + r)
@@ -274,16 +318,17 @@ def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[t
     chosen, rejected = torch.tensor(index, device=device).T  # each (P,)
     if args.loss == "dpo":
         reference = torch.tensor([value for group in groups for value in group["reference"]], device=device)
-        losses = dpo_loss(logps[chosen], logps[rejected], reference[chosen], reference[rejected], args.beta)
+        references = reference[chosen], reference[rejected]
+        losses = dpo_loss(logps[chosen], logps[rejected], *references, args.beta, args.label_smoothing)
         rewards = args.beta * (logps - reference)
     else:
         weights = torch.tensor([w for group in groups for w in group["weights"]], device=device)
-        average = logps / lengths  # log π(y|x) / |y|
-        losses = spa_loss(
-            average[chosen], average[rejected], weights, args.beta, args.beta * args.gamma_beta_ratio
-        )
+        gamma = args.beta * args.gamma_beta_ratio
+        losses = spa_loss(average[chosen], average[rejected], weights, args.beta, gamma, args.label_smoothing)
         rewards = args.beta * average
-    rewards, average = rewards.detach(), logps.detach() / lengths
+    if args.sft_weight:
+        losses = losses - args.sft_weight * average[chosen]
+    rewards, average = rewards.detach(), average.detach()
     margins = rewards[chosen] - rewards[rejected]
     return losses, {
         "rewards/chosen": rewards[chosen],
@@ -343,15 +388,14 @@ def backward_step(accelerator, model, groups: list[dict], args: Args, denominato
     whole, split = plans[rank]
     looks = max(sum(len(parts) for _, parts in split) for _, split in plans)
     passes = max(len(whole) + sum(len(parts) for _, parts in split) for whole, split in plans)
-    sums = dict.fromkeys(metric_names(args), 0.0)
+    sums = torch.zeros(len(metric_names(args)), device=accelerator.device)
 
     def forward(sequences):
         return model(**to_batch(sequences, accelerator.device))
 
     def losses_of(chosen, logps):
         losses, metrics = group_losses(chosen, logps, args)
-        for name, values in {"loss": losses.detach(), **metrics}.items():
-            sums[name] += values.sum().item()
+        sums.add_(torch.stack([losses.detach().sum(), *(values.sum() for values in metrics.values())]))
         return losses.sum() / denominator
 
     weighted = []  # (sequences, dloss/dlogp): the parts of split prompts
@@ -369,8 +413,10 @@ def backward_step(accelerator, model, groups: list[dict], args: Args, denominato
 
     todo = [("whole", chosen) for chosen in whole] + [("part", part) for part in weighted]
     todo += [("nothing", None)] * (passes - len(todo))
+    # FSDP reduces in every pass, for whole gradients would not fit; DeepSpeed steps in the last backward.
     delay = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     for number, (kind, item) in enumerate(todo, 1):
+        accelerator.sync_gradients = number == passes
         with accelerator.no_sync(model) if delay and number < passes else contextlib.nullcontext():
             if kind == "whole":
                 loss = losses_of(
@@ -381,8 +427,7 @@ def backward_step(accelerator, model, groups: list[dict], args: Args, denominato
             else:
                 loss = forward(groups[0]["sequences"][:1]).sum() * 0.0
             accelerator.backward(loss * world)  # the processes' gradients are averaged, ours are summed
-    total = accelerator.reduce(torch.tensor([*sums.values()], device=accelerator.device), "sum")
-    return dict(zip(sums, total.tolist(), strict=True))
+    return dict(zip(metric_names(args), accelerator.reduce(sums, "sum").tolist(), strict=True))
 
 
 def metric_names(args: Args) -> list[str]:
@@ -393,11 +438,11 @@ def metric_names(args: Args) -> list[str]:
     return ["loss", *rewards, "logps/chosen", "logps/rejected"]
 
 
-def total_metrics(groups: list[dict], logps: list[torch.Tensor], args: Args) -> dict[str, float]:
-    """Loss and metrics over all pairs, from log-probabilities that were computed without gradient."""
+def total_metrics(groups: list[dict], logps: list[torch.Tensor], args: Args, prefix: str) -> dict[str, float]:
+    """Loss and metrics over whole prompts, from log-probabilities that were computed without gradient."""
     losses, metrics = group_losses(groups, torch.cat(logps), args)
-    scale = denominator_of(groups, args)
-    return {"loss": losses.sum().item() / scale} | {k: v.mean().item() for k, v in metrics.items()}
+    means = {"loss": losses.sum() / denominator_of(groups, args)} | {k: v.mean() for k, v in metrics.items()}
+    return {f"{prefix}/{name}": value.item() for name, value in means.items()}
 
 
 def denominator_of(groups: list[dict], args: Args) -> float:
@@ -407,13 +452,35 @@ def denominator_of(groups: list[dict], args: Args) -> float:
     return sum(len(group["pairs"]) for group in groups)
 
 
-def set_weights(groups: list[dict], args: Args, mean_gap: float | None) -> None:
-    """Puts w_i beside the pairs of every group; mean_gap None: the mean over these groups."""
+def set_weights(groups: list[dict], args: Args, mean_gap: float | None) -> float:
+    """Puts w_i beside the pairs of every group; returns the mean gap: that given, or that of `groups`."""
     gaps = [gap for group in groups for *_, gap in group["pairs"]]
+    mean_gap = sum(gaps) / max(1, len(gaps)) if mean_gap is None else mean_gap
     weights = pair_weights(gaps, args.alpha, mean_gap) if args.loss == "spa" else torch.ones(len(gaps))
     stream = iter(weights.tolist())
     for group in groups:
         group["weights"] = [next(stream) for _ in group["pairs"]]
+    return mean_gap
+
+
+def weight_statistics(groups: list[dict]) -> dict[str, float]:
+    """How unequal the pairs' weights are: (Σ w)² / Σ w² as a share of the pairs, and the share of zeros."""
+    weights = torch.tensor([w for group in groups for w in group["weights"]])
+    effective = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    return {
+        "weights/effective_sample_size": effective.item(),
+        "weights/zero_fraction": (weights == 0).float().mean().item(),
+    }
+
+
+def split_prompts(groups: list[dict], args: Args) -> tuple[list[dict], list[dict]]:
+    """(prompts to train on, prompts held out by --eval_fraction); which ones depends on the seed alone."""
+    count = math.ceil(args.eval_fraction * len(groups))
+    check(count < len(groups), f"--eval_fraction leaves none of {len(groups)} prompts to train on; lower it")
+    order = list(range(len(groups)))
+    random.Random(common.derive_seed(args.seed, "eval")).shuffle(order)
+    held_out = set(order[:count])
+    return [g for i, g in enumerate(groups) if i not in held_out], [groups[i] for i in sorted(held_out)]
 
 
 def plan_steps(count: int, args: Args) -> list[list[int]]:
@@ -435,7 +502,7 @@ def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Saving.
+# Saving: the model, and the checkpoints to resume from.
 
 MODEL_CARD = """\
 ---
@@ -451,6 +518,8 @@ It has not been evaluated for any use; what it was trained on decides what it do
 
 Arguments: `{arguments}`
 
+Data: `{data}`
+
 Versions: {versions}
 
 ```bibtex
@@ -463,192 +532,363 @@ Versions: {versions}
 """
 
 
-def save_model(accelerator, model, tokenizer, folder: Path, card: str) -> None:
-    """Writes the checkpoint beside `folder` and puts it in its place when it is whole.
+@contextlib.contextmanager
+def replace_folder(accelerator, folder: Path):
+    """Yields a folder beside `folder` for all processes to write in; whole and on disk, it takes its place.
 
-    All processes take part: sharded weights are gathered, and the first process writes them.
+    UserError if it can't be written; what was there before is kept.
     """
-    model, state = accelerator.unwrap_model(model), {}
-    for name, value in model.state_dict().items():
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        yield partial
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face for every writer
+        shutil.rmtree(partial, ignore_errors=True)
+        after = "the last one is kept; make room and run the same command again"
+        raise UserError(f"{folder} can't be written: {common.first_line(error)}; {after}") from None
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def save_model(accelerator, model, tokenizer, folder: Path, card: str) -> None:
+    """Writes the checkpoint that others load. All processes take part: sharded weights are gathered."""
+    state = {}
+    for name, value in (accelerator.get_state_dict(model) or {}).items():  # None on some processes of ZeRO-3
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # gathered by all together
         if accelerator.is_main_process:
             state[name] = value.detach().to("cpu", copy=True)
-    if not accelerator.is_main_process:
-        return
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial, state_dict=state)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replace_folder(accelerator, folder) as partial:
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(model).save_pretrained(partial, state_dict=state)
+            tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_checkpoint(accelerator, folder: Path, progress: dict) -> None:
+    """Writes weights, optimizer and `progress` into folder/STEP; the one before goes after it is whole."""
+    target = folder / f"{progress['step']:06d}"
+    with replace_folder(accelerator, target) as partial:
+        accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+    if accelerator.is_main_process:
+        for other in folder.iterdir():
+            if other != target:
+                shutil.rmtree(other)
+
+
+def find_checkpoint(accelerator, folder: Path) -> tuple[Path | None, dict]:
+    """(the newest whole checkpoint, its progress), or (None, {}). UserError if it can't be resumed here."""
+    path = max(folder.glob("[0-9]*"), default=None)
+    if path is None:
+        return None, {}
+    progress = common.parse_json((path / "progress.json").read_text(encoding="utf-8"), str(path))
+    was, now = progress["launch"], launch_of(accelerator)
+    check(was == now, f"{path} was written by {was}, this is {now}: launch as before, or remove {folder}")
+    return path, progress
+
+
+def launch_of(accelerator) -> str:
+    """What must not change between a checkpoint and its resumption."""
+    return f"{accelerator.num_processes} processes ({accelerator.distributed_type.value})"
+
+
+def check_room(folder: Path, parameters: int, checkpoints: int) -> None:
+    """UserError unless the disk has room for the model and for so many checkpoints."""
+    size = parameters * (4 + 12 * checkpoints)
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    why = f"{folder} and {checkpoints} checkpoints to resume from" if checkpoints else str(folder)
+    check(
+        free > size,
+        f"{why} take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room"
+        + (", or --save_steps 0" if checkpoints else ""),
+    )
 
 
 def check_args(args: Args) -> None:
     positive = ("alpha", "beta", "learning_rate", "epochs", "batch_size", "max_length", "tokens_per_batch")
     for name in (*positive, "max_grad_norm"):  # a norm clipped to 0 would train nothing, silently
         check(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: more than 0 is wanted")
-    common.check_at_least(args, 0, "gamma_beta_ratio", "weight_decay")
-    check(0 <= args.warmup_ratio < 1, f"--warmup_ratio {args.warmup_ratio}: from 0 to below 1 is wanted")
+    common.check_at_least(
+        args, 0, "gamma_beta_ratio", "weight_decay", "sft_weight", "save_steps", "eval_steps"
+    )
+    for name, end in (("warmup_ratio", 1), ("eval_fraction", 1), ("label_smoothing", 0.5)):
+        value = getattr(args, name)
+        check(0 <= value < end, f"--{name} {value}: from 0 to below {end} is wanted")
+    extra = args.label_smoothing or args.sft_weight
+    check(args.loss != "sft" or not extra, "--label_smoothing and --sft_weight are not for --loss sft")
+    missing = args.tracker and importlib.util.find_spec(args.tracker) is None
+    check(not missing, f"--tracker {args.tracker}: it is not installed; python -m pip install {args.tracker}")
+    if args.gamma_beta_ratio > 1.6:
+        common.warn(f"--gamma_beta_ratio {args.gamma_beta_ratio:g} is above 1.6; it is γ/β, not γ")
+
+
+def configure_deepspeed(accelerator, args: Args) -> None:
+    """Before the model is loaded, for that already shards it: float32 weights, and our clipping."""
+    plugin = accelerator.state.deepspeed_plugin
+    plugin.deepspeed_config |= {
+        "bf16": {"enabled": False},  # would keep the weights in bfloat16; `prepare` autocasts instead
+        "gradient_clipping": args.max_grad_norm,
+        "train_micro_batch_size_per_gpu": 1,  # asked for, unused
+    }
+    plugin.set_deepspeed_weakref()
+
+
+def prepare(accelerator, model, args: Args, precision: str):
+    """(model, optimizer) under accelerate: float32 weights, whatever precision computes; no dropout."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # such a config loads, but refuses to be saved after hours of training
+        model.generation_config.do_sample = True
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():  # what is recomputed must be in training mode; dropout stays off
+            module.training = getattr(module, "gradient_checkpointing", False)
+    model.forward = functools.partial(response_logps, model)  # so that wrappers around the model see one call
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED and precision == "bf16":
+        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)
+    if kind == DistributedType.FSDP and precision == "bf16":
+        # accelerate's own policy would round our sums and the reduced gradients to bfloat16
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    check(
+        all(p.dtype == torch.float32 for p in model.parameters()),
+        "the weights are not in float32 after accelerator.prepare; launch with a file of configs/",
+    )
+    return model, optimizer
+
+
+def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rate: float) -> dict[str, float]:
+    """One optimizer step on the prompts of `batch`; returns its metrics. UserError if it is not finite."""
+    if args.gap_mean == "batch":
+        set_weights(batch, args, None)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    denominator = denominator_of(batch, args)
+    sums = backward_step(accelerator, model, batch, args, denominator)
+    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    ids = ", ".join(str(group["id"]) for group in batch)
+    finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
+    check(finite, f"the loss is not finite; the prompts of this step: {ids}; lower --learning_rate?")
+    optimizer.step()
+    optimizer.zero_grad()
+    count = sum(len(group["sequences"]) for group in batch) if args.loss == "sft" else denominator
+    metrics = {name: value / count for name, value in sums.items()} | {"loss": sums["loss"] / denominator}
+    statistics = weight_statistics(batch) if args.loss == "spa" else {}
+    return metrics | statistics | {"grad_norm": norm, "learning_rate": rate}
 
 
 def main(args: Args) -> None:
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    kinds = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
-    kind = accelerator.distributed_type
-    check(kind in kinds, f"accelerate's {kind} is not supported; see configs/")
-    sharded, first_process = kind == DistributedType.FSDP, accelerator.is_main_process
-    args.beta = args.beta if args.beta is not None else 0.01 if args.loss == "dpo" else 2.0
-    check_args(args)
     run_dir = Path(args.run_dir)
     source, folder = run_dir / "05_pairs.jsonl", Path(args.output_dir or run_dir / "06_model")
-    args.output_dir = str(folder)
     stem = folder.name.removesuffix("_model")
-    metrics_file, record_file = (
-        folder.with_name(f"{stem}_metrics.jsonl"),
-        folder.with_name(f"{stem}_args.json"),
+    metrics_file, record_file, checkpoints = (
+        folder.with_name(f"{stem}_{name}") for name in ("metrics.jsonl", "args.json", "checkpoints")
     )
+    args.output_dir = str(folder)
+    args.beta = args.beta if args.beta is not None else 0.01 if args.loss == "dpo" else 2.0
+    check_args(args)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=args.tracker, project_dir=str(folder.parent)
+    )
+    kind, first_process = accelerator.distributed_type, accelerator.is_main_process
+    precision = accelerator.mixed_precision
+    supported = kind in LAUNCHES and precision in ("no", "bf16")
+    check(supported, f"{kind.value} with mixed precision {precision} is not supported; see configs/")
+    if kind == DistributedType.DEEPSPEED:
+        configure_deepspeed(accelerator, args)
     pairs = read_pairs(source, needs_gap=args.loss == "spa")
     facts = common.read_facts(args.run_dir, "05_pairs")
     args.model = args.model or facts.get("model", common.DEFAULT_MODEL)
     args.chat_template = args.chat_template or facts.get("chat_template")
-    record = common.check_run(args, "06_train", [folder, metrics_file], {source.name: source}, record_file)
+    record = common.check_run(
+        args, "06_train", [folder, metrics_file], {source.name: source}, record_file, MAY_CHANGE
+    )
     if record["complete"]:
         accelerator.print(f"{folder} is complete already; --overwrite trains again")
         return
 
     # The pairs, the weights and the order of the steps: the same on every process.
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
-    model = common.load_model(args.model, "float32", device=accelerator.device)
+    model = common.load_model(args.model, "float32", accelerator.device, args.attn_implementation)
     common.check_vocabulary(tokenizer, model, args.model)
     args.max_length = min(args.max_length, common.context_length(model.config))
-    groups, dropped = group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), args)
-    check(bool(groups), f"no response fits into --max_length {args.max_length} with its prompt")
+    everything, dropped = group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), args)
+    check(bool(everything), f"no response fits into --max_length {args.max_length} with its prompt")
+    groups, held_out = split_prompts(everything, args)
     steps = plan_steps(len(groups), args)
-    set_weights(groups, args, None)
+    mean_gap = set_weights(groups, args, None)
+    set_weights(held_out, args, mean_gap)
     for step in steps if args.loss == "spa" and args.gap_mean == "batch" else []:
         gaps = [gap for g in step for *_, gap in groups[g]["pairs"]]
         check(sum(gaps) > 0, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # such a config loads, but refuses to be saved after hours of training
-        model.generation_config.do_sample = True
 
+    # The model, and where an interrupted run goes on.
     gamma = args.beta * args.gamma_beta_ratio
     accelerator.print(f"loss {args.loss}: β {args.beta:g}, γ {gamma:g}, γ/β {args.gamma_beta_ratio:g}")
-    accelerator.print(
-        f"processes: {accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}"
+    accelerator.print(f"processes: {accelerator.num_processes}, mixed precision: {precision}")
+    if args.overwrite and first_process:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    checkpoint_path, progress = find_checkpoint(accelerator, checkpoints)
+    done = progress.get("step", 0)
+    wanted = 2 if args.save_steps and len(steps) > args.save_steps else 0
+    check_room(
+        folder,
+        sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        max(0, wanted - bool(progress)),
     )
-    if args.gamma_beta_ratio > 1.6:
-        common.warn(f"--gamma_beta_ratio {args.gamma_beta_ratio:g} is above 1.6; it is γ/β, not γ")
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # without it the model stays in evaluation mode: no dropout, for the loss is exact
-    model.forward = functools.partial(response_logps, model)  # so that wrappers around the model see one call
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    if sharded and accelerator.mixed_precision == "bf16":  # accelerate's policy would round our sums to bf16
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    model, optimizer = accelerator.prepare(model, optimizer)
-    check(all(p.dtype == torch.float32 for p in model.parameters()), "the weights are not in float32")
-    factor = functools.partial(learning_rate_factor, steps=len(steps), warmup_ratio=args.warmup_ratio)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, factor)
     if first_process:
         record["facts"] = facts | {"base_model": args.model, "model": str(folder), "loss": args.loss}
         common.write_record(record)
+    model, optimizer = prepare(accelerator, model, args, precision)
+    if args.tracker:
+        config = {name: value if value is not None else "default" for name, value in asdict(args).items()}
+        options = {"tensorboard": {"purge_step": done + 1}} if done else {}
+        accelerator.init_trackers(stem, config, options)
 
-    before = all_logps(accelerator, model, groups, args.tokens_per_batch)
-    for group, values in zip(groups, before, strict=True):
-        group["reference"] = values.tolist()  # dpo's frozen reference, computed once
-    first = {"step": 0, **{f"all/{k}": v for k, v in total_metrics(groups, before, args).items()}}
+    # Before training: dpo's frozen reference, and the metrics of the prompts that are measured.
+    prefix, measured = ("eval", held_out) if held_out else ("train", groups[:MEASURED_PROMPTS])
 
-    started, tokens = time.time(), 0
+    def measure() -> dict[str, float]:
+        set_weights(measured, args, mean_gap)
+        logps = all_logps(accelerator, model, measured, args.tokens_per_batch)
+        return total_metrics(measured, logps, args, prefix)
+
+    if checkpoint_path:
+        accelerator.print(f"going on from step {done} of {len(steps)} ({checkpoint_path})")
+        accelerator.load_state(str(checkpoint_path))
+        for group, reference in zip(everything, progress["reference"], strict=False):
+            group["reference"] = reference
+    else:
+        if args.loss == "dpo":
+            logps = all_logps(accelerator, model, everything, args.tokens_per_batch)
+            for group, values in zip(everything, logps, strict=True):
+                group["reference"] = values.tolist()
+        progress = {"step": 0, "launch": launch_of(accelerator), "num_tokens": 0, "log_bytes": 0}
+        progress |= {"before": measure(), "reference": [group.get("reference") for group in everything]}
+
+    started, tokens, trained = time.time(), 0, 0
     with (
-        open(metrics_file if first_process else os.devnull, "w", encoding="utf-8") as log,
-        tqdm(steps, desc="06 train", unit="step", disable=not first_process) as bar,
+        open(metrics_file if first_process else os.devnull, "a", encoding="utf-8") as log,
+        tqdm(total=len(steps), initial=done, desc="06 train", unit="step", disable=not first_process) as bar,
     ):
-        log.write(common.dump_row(first))
-        for number, step in enumerate(bar, 1):
-            batch = [groups[g] for g in step]
-            if args.gap_mean == "batch":
-                set_weights(batch, args, None)
-            denominator = denominator_of(batch, args)
-            sums = backward_step(accelerator, model, batch, args, denominator)
-            norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-            ids = ", ".join(str(group["id"]) for group in batch)
-            finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
-            check(
-                finite, f"step {number}: the loss is not finite; its prompts: {ids}; lower --learning_rate?"
-            )
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            tokens += sum(length for group in batch for length in sequence_lengths(group))
-            count = sum(len(group["sequences"]) for group in batch) if args.loss == "sft" else denominator
-            values = {name: value / count for name, value in sums.items()} | {
-                "loss": sums["loss"] / denominator
-            }
-            row = {"step": number, "epoch": number * args.epochs / len(steps), **values}
-            log.write(common.dump_row(row | {"grad_norm": norm, "learning_rate": rate}))
+
+        def write(row: dict) -> None:
+            log.write(common.dump_row(row))
             log.flush()
-            shown = {"loss": f"{values['loss']:.4f}", "tokens/s": f"{tokens / (time.time() - started):.0f}"}
+            accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+        if first_process:
+            log.truncate(min(progress["log_bytes"], metrics_file.stat().st_size))  # later rows come again
+        if not done:
+            write({"step": 0, **progress["before"]})
+        for number, step in enumerate(steps[done:], done + 1):
+            batch = [groups[g] for g in step]
+            rate = args.learning_rate * learning_rate_factor(number - 1, len(steps), args.warmup_ratio)
+            metrics = train_step(accelerator, model, optimizer, batch, args, rate)
+            count = sum(length for group in batch for length in sequence_lengths(group))
+            tokens, progress["num_tokens"] = tokens + count, progress["num_tokens"] + count
+            trained += sum(len(group["pairs"]) or len(group["sequences"]) for group in batch)
+            epoch = number * args.epochs / len(steps)
+            write({"step": number, "epoch": epoch, **metrics, "num_tokens": progress["num_tokens"]})
+            seconds = time.time() - started
+            shown = {"loss": f"{metrics['loss']:.4f}", "tokens/s": f"{tokens / seconds:.0f}"}
             if args.loss != "sft":
-                margin, accuracy = values["rewards/margins"], values["rewards/accuracies"]
+                margin, accuracy = metrics["rewards/margins"], metrics["rewards/accuracies"]
                 shown |= {"margin": f"{margin:.3f}", "acc": f"{accuracy:.2f}"}
-            bar.set_postfix(shown)
-        set_weights(groups, args, None)
-        after = all_logps(accelerator, model, groups, args.tokens_per_batch)
-        last = {f"all/{k}": v for k, v in total_metrics(groups, after, args).items()}
-        log.write(common.dump_row({"step": len(steps), **last}))
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if (
+                held_out
+                and number % (args.eval_steps or len(steps) // args.epochs) == 0
+                and number < len(steps)
+            ):
+                write({"step": number, "epoch": epoch, **measure()})
+            if args.save_steps and number % args.save_steps == 0 and number < len(steps):
+                progress |= {"step": number, "log_bytes": log.tell()}
+                save_checkpoint(accelerator, checkpoints, progress)
+        speed = {"seconds": time.time() - started, "pairs": trained, "tokens": tokens}
+        after = measure()
+        write({"step": len(steps), "epoch": args.epochs, **after})
 
     card = MODEL_CARD.format(
         base=args.model,
         name=folder.name,
         loss=args.loss,
         pairs=len(pairs) - dropped,
-        prompts=len(groups),
+        prompts=len(everything),
         arguments=json.dumps(asdict(args)),
+        data=json.dumps(record["inputs"]),
         versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     )
     save_model(accelerator, model, tokenizer, folder, card)
     if first_process:
+        record["facts"]["speed"] = speed
         common.write_record(record | {"complete": True})
-        report(args, groups, first, last, len(pairs), dropped, len(steps))
-        if not sharded:
-            show_sample(accelerator.unwrap_model(model), tokenizer, pairs[0]["prompt"])
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        report(args, everything, groups, measured, progress["before"], after, len(pairs), dropped, speed)
+    show_sample(accelerator, model, tokenizer, pairs[0]["prompt"])
+    if first_process:
         print(f"wrote {folder} and {metrics_file.name}")
         print(f"next: python 01_sample.py --model {folder} --split test --run_dir {run_dir}/test")
     accelerator.end_training()
 
 
-def report(args, groups: list[dict], first: dict, last: dict, pairs: int, dropped: int, steps: int) -> None:
-    """Prints what was used and the metrics over all pairs before and after training."""
+def report(
+    args, everything, groups, measured, before: dict, after: dict, pairs: int, dropped: int, speed: dict
+):
+    """Prints what was used, how fast, and the metrics over the measured prompts before and after training."""
     common.show_funnel("06 train", ("pairs in", pairs), {"longer than --max_length": dropped}, "pairs used")
-    responses = sum(len(group["sequences"]) for group in groups)
-    print(f"  prompts: {len(groups)}, distinct responses: {responses}, optimizer steps: {steps}")
+    responses = sum(len(group["sequences"]) for group in everything)
+    held_out = len(everything) - len(groups)
+    print(f"  prompts: {len(everything)} ({held_out} held out), distinct responses: {responses}")
     if args.loss == "spa":
-        weights = torch.tensor([w for group in groups for w in group["weights"]])
-        effective = (weights.sum() ** 2 / (weights**2).sum()).item()
-        zero = (weights == 0).float().mean().item()
-        print(f"  weights: effective sample size {effective:.1f} of {len(weights)}, zero {zero:.0%}")
-    print(f"  {'over all pairs':<22}{'before':>10}{'after':>10}")
-    for name, value in last.items():
-        print(f"  {name.removeprefix('all/'):<22}{first[name]:>10.4f}{value:>10.4f}")
+        statistics = weight_statistics(groups)
+        effective, zero = statistics.values()
+        print(f"  weights: effective sample size {effective:.0%} of the pairs, zero {zero:.0%}")
+    if speed["pairs"]:
+        what, seconds = "responses" if args.loss == "sft" else "pairs", speed["seconds"]
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+        rates = f"{speed['pairs'] / seconds:.2f} {what}/s, {speed['tokens'] / seconds:.0f} tokens/s"
+        print(f"  trained on {speed['pairs']} {what} in {seconds:.0f} s: {rates}{memory}")
+    title = f"over {len(measured)} {'held-out' if held_out else 'training'} prompts"
+    print(f"  {title:<26}{'before':>10}{'after':>10}")
+    for name, value in after.items():
+        print(f"  {name.partition('/')[2]:<26}{before[name]:>10.4f}{value:>10.4f}")
     print("  (a falling rewards/chosen is usual: only its difference to rewards/rejected is trained)")
 
 
-def show_sample(model, tokenizer, prompt: list[dict]) -> None:
-    """Prints the trained model's greedy answer to one prompt: gibberish would be seen at once."""
-    vars(model).pop("forward", None)  # the class's own forward again
+def show_sample(accelerator, model, tokenizer, prompt: list[dict]) -> None:
+    """Prints the trained model's greedy answer to one prompt: gibberish would be seen at once.
+
+    All processes take part, for sharded weights are gathered by all of them together.
+    """
+    plain = accelerator.unwrap_model(model)
+    vars(plain).pop("forward", None)  # the class's own forward again
     ids = common.encode_pieces(tokenizer, common.render_chat(tokenizer, prompt, True))
     options = {"temperature": 0.0, "max_new_tokens": 64, "seed": 0}
-    ((sample,),) = common.generate(model.eval(), tokenizer, [ids], [1], **options)
-    print(f"  asked: {prompt[-1]['content'][:100]!r}\n  the trained model: {sample.text[:200]!r}")
+    with accelerator.autocast():
+        ((sample,),) = common.generate(plain.eval(), tokenizer, [ids], [1], **options)
+    accelerator.print(f"  asked: {prompt[-1]['content'][:100]!r}\n  the trained model: {sample.text[:200]!r}")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,11 @@ def run_stage(main, args_class) -> None:
         sys.exit(130)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
 def check(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
@@ -277,13 +282,19 @@ def read_facts(run_dir: str, stage: str) -> dict:
 
 
 def check_run(
-    args, stage: str, outputs: list[Path], inputs: dict[str, Path | str], record_file: Path | None = None
+    args,
+    stage: str,
+    outputs: list[Path],
+    inputs: dict[str, Path | str],
+    record_file: Path | None = None,
+    may_change: typing.Sequence[str] = (),
 ) -> dict:
     """Compares this call with the one that made the run directory's files of this stage.
 
     `inputs` maps a name to a file (its content counts) or a text; `record_file` is RUN_DIR/NN_args.json
-    unless given. Returns the record for `write_record`, "complete" being true if the same call has already
-    finished. Raises UserError that names the argument that differs, unless `--overwrite` is given.
+    unless given; arguments in `may_change` don't change the result. Returns the record for `write_record`,
+    "complete" being true if the same call has already finished. Raises UserError that names the argument
+    that differs, unless `--overwrite` is given.
     """
     ours = {
         key: value for key, value in dataclasses.asdict(args).items() if key not in ("overwrite", "run_dir")
@@ -308,7 +319,8 @@ def check_run(
     old = parse_json(path.read_text(encoding="utf-8"), str(path))
     for name, value in record["args"].items():
         was = old.get("args", {}).get(name)
-        check(was == value, f"{args.run_dir} was made with --{name} {was}, not {value}; {way_out}")
+        same = was == value or name in may_change
+        check(same, f"{args.run_dir} was made with --{name} {was}, not {value}; {way_out}")
     for name, value in digests.items():
         changed = f"{name} has changed since {stage}.py ran in {args.run_dir}; {way_out}"
         check(old.get("inputs", {}).get(name) == value, changed)
@@ -471,9 +483,8 @@ def _from_pretrained(auto_class, name: str, **options):
     path = resolve_model(name)
     try:
         return auto_class.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model '{name}' can't be loaded: {reason}") from None
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model '{name}' can't be loaded: {first_line(error)}") from None
 
 
 def load_tokenizer(name: str, chat_template: str | None = None):
@@ -500,10 +511,11 @@ def load_config(name: str):
     return _from_pretrained(AutoConfig, name)
 
 
-def load_model(name: str, dtype: str = "auto", device=None):
+def load_model(name: str, dtype: str = "auto", device=None, attn_implementation: str | None = None):
     """The causal model on `device` (default: the GPU if there is one), in evaluation mode.
 
-    dtype: float32, bfloat16, or auto (bfloat16 on a GPU that has it, else float32).
+    dtype: float32, bfloat16, or auto (bfloat16 on a GPU that has it, else float32). attn_implementation:
+    transformers' name of an attention function (sdpa, flash_attention_2, …), None for its own choice.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -512,7 +524,8 @@ def load_model(name: str, dtype: str = "auto", device=None):
     cuda = torch.cuda.is_available()
     if dtype == "auto":
         dtype = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = _from_pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **options)
     return model.to(device or ("cuda" if cuda else "cpu")).eval()
 
 

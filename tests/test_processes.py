@@ -28,7 +28,7 @@ def runs(tiny, tmp_path_factory):
         if config:
             path = run_dir / config if (run_dir / config).exists() else ROOT / "configs" / config
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-            launch += [str(ROOT / "tests" / "fsdp_on_cpu.py")] if "fsdp" in config else []
+            launch += [str(ROOT / "tests" / "sharded_on_cpu.py")] if "fsdp" in config else []
         folder = run_dir / name
         command = [*launch, "06_train.py", "--run_dir", run_dir, "--model", tiny(), "--output_dir", folder]
         command = [*map(str, command), *OPTIONS, *options]
@@ -62,4 +62,4 @@ def test_sharded_weights_equal_whole_ones(runs):
     sharded, _ = runs("sharded", "fsdp_no.yaml")
     assert distance(one, sharded) < 1e-5
     _, metrics = runs("sharded_bf16", "fsdp_bf16.yaml")
-    assert metrics[-1]["all/loss"] < metrics[0]["all/loss"], "bfloat16 compute, float32 weights"
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"], "bfloat16 compute, float32 weights"

@@ -267,10 +267,10 @@ def test_a_run_trains_and_saves(tiny, call, run_dir, loss):
     card = (run_dir / "06_model" / "README.md").read_text()
     assert f"loss `{loss}`" in card and "arXiv 2511.06222" in card
     first, *steps, last = read_rows(run_dir / "06_metrics.jsonl")
-    assert len(steps) == 12 and last["all/loss"] < first["all/loss"]
+    assert len(steps) == 12 and last["train/loss"] < first["train/loss"]
     assert {"step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen"} <= set(steps[0])
     if loss != "sft":
-        assert last["all/rewards/margins"] > first["all/rewards/margins"]
+        assert last["train/rewards/margins"] > first["train/rewards/margins"]
         assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies"} <= set(steps[0])
     assert "before" in out and "the trained model:" in out
     code, out, _ = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--loss", loss, *OPTIONS, *extra)

@@ -1,0 +1,172 @@
+"""Stage 6 killed with SIGKILL goes on from its last checkpoint and ends with the same bytes."""
+
+import importlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, read_rows, write_rows
+from test_train import make_pairs
+
+import common
+
+train = importlib.import_module("06_train")
+
+# 7 prompts, 3 a step, 6 epochs: 18 steps; ragged batches, several passes a step
+OPTIONS = ("--learning_rate", "1e-3", "--batch_size", "3", "--epochs", "6")
+OPTIONS += ("--tokens_per_batch", "200", "--save_steps", "4")
+
+
+def make_run(folder):
+    write_rows(folder / "05_pairs.jsonl", make_pairs(7))
+    return folder
+
+
+def command_of(run_dir, model, *options, processes=1):
+    launch = [sys.executable]
+    if processes == 2:
+        launch += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "cpu2.yaml")]
+    return [*launch, "06_train.py", "--run_dir", str(run_dir), "--model", model, *OPTIONS, *options]
+
+
+def start(command, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
+
+
+def finish(command, **options):
+    process = start(command, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def kill_after(command, metrics_file, rows, wait=0.0):
+    """SIGKILL to all processes once the metrics file has so many rows; False if the run was over before."""
+    process = start(command)
+    deadline = time.time() + 200
+    while process.poll() is None and time.time() < deadline:
+        if metrics_file.exists() and metrics_file.read_bytes().count(b"\n") >= rows:
+            break
+        time.sleep(0.002)
+    time.sleep(wait)
+    over = process.poll() is not None
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process] if not over else []:
+        victim.send_signal(signal.SIGKILL)  # the launcher's processes are in sessions of their own
+    process.communicate()
+    return not over
+
+
+def result_of(run_dir):
+    return (run_dir / "06_model" / "model.safetensors").read_bytes(), (
+        run_dir / "06_metrics.jsonl"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_runs_end_like_a_whole_one(tiny, tmp_path, processes):
+    whole = make_run(tmp_path / "whole")
+    options = ("--eval_fraction", "0.2", "--loss", "dpo", "--beta", "0.1")
+    command = command_of(whole, tiny(), *options, processes=processes)
+    code, out, err = finish(command)
+    assert code == 0 and "going on" not in out, err
+    assert len(read_rows(whole / "06_metrics.jsonl")) > 12
+
+    killed = make_run(tmp_path / "killed")
+    command = command_of(killed, tiny(), *options, processes=processes)
+    # before the first checkpoint, right after one, between two, in the first step after going on
+    kills = sum(kill_after(command, killed / "06_metrics.jsonl", rows) for rows in (3, 6, 10, 11))
+    assert kills >= 3, "no run was killed: this test would show nothing"
+    code, out, err = finish(command)
+    assert code == 0 and "going on from step" in out, err
+    assert result_of(killed) == result_of(whole)
+    assert not (killed / "06_checkpoints").exists(), "they go when the model is there"
+
+
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(tiny, tmp_path):
+    whole = make_run(tmp_path / "whole")
+    options = ("--save_steps", "1")  # nearly all the time is spent in saving
+    assert finish(command_of(whole, tiny(), *options))[0] == 0
+    killed, reached = make_run(tmp_path / "killed"), 0
+    command = command_of(killed, tiny(), *options)
+    for wait in (0.0, 0.01, 0.02, 0.03, 0.05):
+        kill_after(command, killed / "06_metrics.jsonl", reached + 3, wait)
+        saved = [int(p.name) for p in (killed / "06_checkpoints").glob("[0-9]*")]
+        assert max(saved) >= reached, "a checkpoint is lost"
+        reached = max(saved)
+    assert reached > 5
+    assert finish(command)[0] == 0
+    assert result_of(killed) == result_of(whole)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path):
+    whole, full = make_run(tmp_path / "whole"), make_run(tmp_path / "full")
+    assert finish(command_of(whole, tiny()))[0] == 0
+    command = command_of(full, tiny())
+    assert kill_after(command, full / "06_metrics.jsonl", 7)
+    (saved,) = (full / "06_checkpoints").glob("[0-9]*")
+    limit = max(p.stat().st_size for p in saved.iterdir()) // 2  # writes beyond it fail, as on a full disk
+    code, _, err = finish(
+        command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert code == 2 and "Traceback" not in err
+    assert "can't be written: " in err and "make room and run the same command again" in err
+    assert saved.exists() and not list((full / "06_checkpoints").glob(".*"))
+    assert finish(command)[0] == 0
+    assert result_of(full) == result_of(whole)
+
+
+def test_no_room_is_said_before_training(tiny, call, tmp_path, monkeypatch):
+    run_dir = make_run(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    assert code == 2 and "are free: make room, or --save_steps 0" in err
+    assert not (run_dir / "06_metrics.jsonl").exists()
+
+
+def interrupt(monkeypatch, step):
+    """The next run in this process stops with an error in this step."""
+    original, calls = train.train_step, []
+
+    def stop(*arguments):
+        calls.append(1)
+        common.check(len(calls) < step, "stopped by the test")
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "train_step", stop)
+
+
+def test_other_arguments_do_not_resume(tiny, call, tmp_path, monkeypatch):
+    run_dir = make_run(tmp_path)
+    command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert "stopped by the test" in call(*command)[2]
+    code, _, err = call(*command, "--alpha", 2)
+    assert code == 2 and "was made with --alpha 1.0, not 2.0" in err
+    progress = next((run_dir / "06_checkpoints").glob("*/progress.json"))
+    text = progress.read_text()
+    progress.write_text(text.replace("1 processes (NO)", "8 processes (FSDP)"))
+    code, _, err = call(*command)
+    assert code == 2 and "was written by 8 processes (FSDP), this is 1 processes (NO)" in err
+    progress.write_text(text)
+    code, out, err = call(*command, "--tokens_per_batch", 5000, "--save_steps", 0)
+    assert code == 0 and "going on from step 4 of 18" in out, "what does not change the result may change"
+
+
+def test_overwrite_starts_over(tiny, call, tmp_path, monkeypatch):
+    run_dir = make_run(tmp_path)
+    command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        call(*command)
+    assert list((run_dir / "06_checkpoints").iterdir())
+    code, out, _ = call(*command, "--overwrite")
+    assert code == 0 and "going on" not in out
+    assert [row["step"] for row in read_rows(run_dir / "06_metrics.jsonl")] == [*range(19), 18]
