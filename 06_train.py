@@ -548,7 +548,9 @@ def replace_folder(accelerator, folder: Path):
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face for every writer
         shutil.rmtree(partial, ignore_errors=True)
         after = "the last one is kept; make room and run the same command again"
-        raise UserError(f"{folder} can't be written: {common.first_line(error)}; {after}") from None
+        failure = UserError(f"{folder} can't be written: {common.first_line(error)}; {after}")
+        failure.of_all_processes = False
+        raise failure from None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in partial.rglob("*"):
@@ -655,7 +657,8 @@ def prepare(accelerator, model, args: Args, precision: str):
     except ValueError:  # such a config loads, but refuses to be saved after hours of training
         model.generation_config.do_sample = True
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None)  # the newer name in transformers
+        enable() if enable else model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():  # what is recomputed must be in training mode; dropout stays off
             module.training = getattr(module, "gradient_checkpointing", False)
     model.forward = functools.partial(response_logps, model)  # so that wrappers around the model see one call

@@ -38,6 +38,7 @@ class UserError(Exception):
     """Something that the user can mend: printed as one line, exit code 2."""
 
     exit_code = 2
+    of_all_processes = True  # then the first of them tells
 
 
 class EmptyResult(UserError):
@@ -111,7 +112,7 @@ def run_stage(main, args_class) -> None:
     try:
         main(parse_args(args_class))
     except UserError as error:
-        if _speaks():
+        if _speaks() or not error.of_all_processes:
             print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:

@@ -2,12 +2,11 @@
 
 First both compute loss and gradient of the same pairs (TRL's CPOTrainer with loss simpo, cpo_alpha 0 and
 equal β and γ; stage 6 with --loss simpo): they must agree, or the race is off. Then they train in
-alternation, each in a process of its own, TRL at the fastest of --trl_batches. Loading, tokenizing and saving
-are not timed; peak memory is the whole process's.
+alternation, each in a process of its own, TRL at the fastest of --trl_batches (those that divide a step).
+Loading, tokenizing and saving are not timed; peak memory is the whole process's.
 
     writes  nothing but what it prints: a table with medians and ratios
-    run     python -m pip install "trl>=1.16"
-            python bench/train_vs_trl.py
+    run     python bench/train_vs_trl.py
 
 Responses are random words of the prompts' own, of about 13 to 70 tokens: speed does not depend on the words.
 """
@@ -44,7 +43,7 @@ class Args:
     batch_size: int = arg(2, "prompts per optimizer step, for both")
     repeats: int = arg(3, "runs of each; the medians count")
     trl_batches: str = arg(
-        "1,2,4", "TRL's per_device_train_batch_size: each is tried once, the fastest races"
+        "1,2,3,6", "TRL's per_device_train_batch_size: each is tried once, the fastest races"
     )
     tokens_per_batch: int = arg(1024, "stage 6's")
     device_threads: int = arg(2, "threads of torch on a CPU")
@@ -253,7 +252,7 @@ def main(args: Args) -> None:
         print(json.dumps(result))
         return
     check(
-        importlib.util.find_spec("trl") is not None, 'trl is not installed: python -m pip install "trl>=1.16"'
+        importlib.util.find_spec("trl") is not None, "trl is not installed: python -m pip install trl==1.16.0"
     )
     for responses in (4, 6):
         race(responses, args)

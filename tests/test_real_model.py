@@ -56,8 +56,8 @@ def test_six_stages_on_a_few_prompts(tmp_path):
         done = run_script(script, *run, *options)
         assert done.returncode == 0, done.stderr[-2000:]
     first, *_, last = read_rows(tmp_path / "06_metrics.jsonl")
-    assert last["train/loss"] < first["all/loss"]
-    assert last["train/rewards/margins"] > first["all/rewards/margins"]
+    assert last["train/loss"] < first["train/loss"]
+    assert last["train/rewards/margins"] > first["train/rewards/margins"]
     texts = {r["text"] for row in read_rows(tmp_path / "01_samples.jsonl") for r in row["responses"]}
     assert len(texts) == 18 and all(texts)
     done = run_script(

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import random
+import types
 
 import numpy as np
 import pytest
@@ -52,6 +53,33 @@ def test_signs_and_gradients_of_the_losses():
     assert far.item() == pytest.approx(1800.5), "no overflow"
     dpo = train.dpo_loss(*(torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.0)), beta=0.1)
     assert dpo.item() == pytest.approx(math.log1p(math.exp(-0.2)), abs=1e-6)
+
+
+def test_label_smoothing_by_hand():
+    chosen, rejected, weights = torch.tensor([-1.0]), torch.tensor([-1.2]), torch.tensor([3.0])
+    z = 2.0 * 0.2 - 0.5
+    expected = 3 * (0.9 * math.log1p(math.exp(-z)) + 0.1 * math.log1p(math.exp(z)))
+    assert train.spa_loss(chosen, rejected, weights, 2.0, 0.5, 0.1).item() == pytest.approx(
+        expected, rel=1e-6
+    )
+    z = 0.1 * (2.0 - 1.0)
+    expected = 0.8 * math.log1p(math.exp(-z)) + 0.2 * math.log1p(math.exp(z))
+    sums = (torch.tensor([x]) for x in (-10.0, -12.0, -12.0, -13.0))
+    assert train.dpo_loss(*sums, 0.1, 0.2).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_losses_equal_those_of_trl(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    cpo = pytest.importorskip("trl.experimental.cpo").CPOTrainer.cpo_loss
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = -3 * torch.rand(2, 50, generator=generator)
+    for beta, ratio, smoothing in [(2.0, 0.25, 0.0), (2.5, 0.55, 0.0), (2.5, 1.6, 0.2)]:
+        options = {"loss_type": "simpo", "beta": beta, "simpo_gamma": beta * ratio, "alpha": 0.0}
+        options |= {"label_smoothing": smoothing, "accelerator": types.SimpleNamespace(device="cpu")}
+        losses, *rewards = cpo(types.SimpleNamespace(**options), chosen, rejected)
+        ours = train.spa_loss(chosen, rejected, torch.ones(50), beta, beta * ratio, smoothing)
+        assert torch.allclose(ours, losses, rtol=1e-6, atol=1e-7)
+        assert torch.equal(rewards[0], beta * chosen), "and the same meaning of rewards/chosen"
 
 
 # -------------------------------------------------------------------------------- encoding
@@ -155,6 +183,7 @@ def naive_loss(model, reference, tokenizer, pairs: list[dict], args) -> torch.Te
         distinct = {(p["id"], p["chosen"][0]["content"]): p for p in pairs}.values()
         parts = [logps(model, pair, "chosen") for pair in distinct]
         return -sum(total for total, _ in parts) / sum(count for _, count in parts)
+    smoothing = args.label_smoothing
     gaps = [pair["gap"] for pair in pairs]
     losses = []
     for pair in pairs:
@@ -163,11 +192,15 @@ def naive_loss(model, reference, tokenizer, pairs: list[dict], args) -> torch.Te
             with torch.no_grad():
                 base = [logps(reference, pair, side)[0] for side in ("chosen", "rejected")]
             inner = args.beta * ((chosen - base[0]) - (rejected - base[1]))
-            losses.append(torch.log1p(torch.exp(-inner)))
+            losses.append(
+                (1 - smoothing) * torch.log1p(torch.exp(-inner)) + smoothing * torch.log1p(torch.exp(inner))
+            )
+            losses[-1] = losses[-1] - args.sft_weight * chosen / m
             continue
         weight = (pair["gap"] / np.mean(gaps)) ** args.alpha if args.loss == "spa" else 1.0
         inner = args.beta * chosen / m - args.beta * rejected / n - args.beta * args.gamma_beta_ratio
-        losses.append(weight * torch.log1p(torch.exp(-inner)))
+        smooth = (1 - smoothing) * torch.log1p(torch.exp(-inner)) + smoothing * torch.log1p(torch.exp(inner))
+        losses.append(weight * smooth - args.sft_weight * chosen / m)
     return sum(losses) / len(losses)
 
 
@@ -175,10 +208,13 @@ PLAIN = Accelerator(cpu=True)  # one process
 
 
 @pytest.mark.parametrize("budget", [100_000, 300, 60], ids=["one batch", "several", "prompts split"])
-@pytest.mark.parametrize("loss", ["spa", "simpo", "dpo", "sft"])
+@pytest.mark.parametrize("loss", ["spa", "simpo", "dpo", "sft", "spa with extras", "dpo with extras"])
 def test_gradient_equals_a_naive_float64_step(loss, budget):
     tokenizer = make_tokenizer("pad_eos")
+    loss, extras = loss.removesuffix(" with extras"), loss.endswith("extras")
     args = train.Args(loss=loss, alpha=2.0, beta=0.1 if loss == "dpo" else 2.0, tokens_per_batch=budget)
+    if extras:
+        args.label_smoothing, args.sft_weight = 0.1, 0.3
     reference, model = make_model(len(tokenizer), 0), make_model(len(tokenizer), 1)
     pairs = make_pairs()
     groups, dropped = train.group_pairs(tokenizer, pairs, [3], args)
@@ -341,3 +377,132 @@ def test_invalid_generation_config_does_not_cost_the_run(tmp_path, call, run_dir
     )
     code, _, err = call("06_train", "--run_dir", run_dir, "--model", folder)
     assert code == 0, err
+
+
+def test_held_out_prompts_are_measured_and_not_trained_on(tiny, call, run_dir):
+    options = ("--run_dir", run_dir, "--model", tiny(), "--learning_rate", 1e-3, "--epochs", 3)
+    code, out, err = call("06_train", *options, "--eval_fraction", 0.4, "--batch_size", 1)
+    assert code == 0, err
+    assert "prompts: 5 (2 held out)" in out and "over 2 held-out prompts" in out
+    rows = read_rows(run_dir / "06_metrics.jsonl")
+    evaluated = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 3, 6, 9], "before, and at the end of every epoch"
+    assert {"eval/rewards/margins", "eval/rewards/accuracies", "eval/logps/chosen"} <= set(evaluated[0])
+    assert sum("learning_rate" in row for row in rows) == 9 and not any("train/loss" in row for row in rows)
+
+    args = train.Args(eval_fraction=0.4)
+    groups, _ = train.group_pairs(make_tokenizer("plain"), make_pairs(), [3], args)
+    kept, held_out = train.split_prompts(groups, args)
+    assert (
+        len(kept) == 3
+        and len(held_out) == 2
+        and {g["id"] for g in kept + held_out} == {f"p{i}" for i in range(5)}
+    )
+    assert train.split_prompts(groups, args) == (kept, held_out)
+    args.seed = 3
+    assert train.split_prompts(groups, args) != (kept, held_out)
+
+
+def test_held_out_pairs_are_weighted_by_the_training_mean_gap():
+    args = train.Args(alpha=1.0)
+    groups, held_out = [{"pairs": [(0, 1, 2), (0, 2, 6)]}], [{"pairs": [(0, 1, 8)]}]
+    train.set_weights(held_out, args, train.set_weights(groups, args, None))
+    assert held_out[0]["weights"] == [2.0]
+
+
+def test_weight_statistics_by_hand():
+    statistics = train.weight_statistics([{"weights": [2.0, 0.0]}, {"weights": [1.0, 1.0]}])
+    assert statistics["weights/effective_sample_size"] == pytest.approx(16 / 6 / 4)
+    assert statistics["weights/zero_fraction"] == 0.25
+
+
+def test_tensorboard_gets_what_the_file_gets(tiny, call, run_dir):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS, "--tracker", "tensorboard")
+    code, _, err = call("06_train", *options)
+    assert code == 0, err
+    log = events.EventAccumulator(str(next(run_dir.rglob("events.out*")).parent))
+    log.Reload()
+    rows = [row for row in read_rows(run_dir / "06_metrics.jsonl") if "learning_rate" in row]
+    for name in ("loss", "rewards/chosen", "rewards/margins", "weights/zero_fraction", "num_tokens"):
+        points = log.Scalars(name)
+        assert [point.step for point in points] == [row["step"] for row in rows]
+        assert [point.value for point in points] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    assert "train/loss" in log.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_there_is_one_line(tiny, call, run_dir, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--tracker", "wandb")
+    assert code == 2 and "--tracker wandb: it is not installed; python -m pip install wandb" in err
+
+
+def test_gradient_checkpointing_and_attention_change_nothing_but_the_way(tiny, call, run_dir):
+    weights = []
+    for name, extra in {
+        "a": (), "b": ("--gradient_checkpointing",), "c": ("--attn_implementation", "eager")
+    }.items():  # fmt: skip
+        folder = run_dir / name / "06_model"
+        options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS, "--output_dir", folder, *extra)
+        code, _, err = call("06_train", *options)
+        assert code == 0, err
+        weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    for other in weights[1:]:
+        assert max((weights[0][k] - other[k]).abs().max().item() for k in other) < 1e-5
+    options = ("--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "d" / "06_model")
+    code, _, err = call("06_train", *options, "--attn_implementation", "no_such")
+    assert code == 2 and "can't be loaded" in err and "Traceback" not in err
+
+
+def test_dropout_is_off_even_where_activations_are_recomputed(tmp_path, call, run_dir):
+    tokenizer, model = make_tokenizer("plain"), make_model(420)
+    model.config.attention_dropout = 0.9
+    tokenizer.save_pretrained(tmp_path / "dropout")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "dropout")
+    finals = []
+    for extra in ((), ("--gradient_checkpointing",)):
+        options = ("--run_dir", run_dir, "--model", tmp_path / "dropout", *OPTIONS, "--overwrite", *extra)
+        code, _, err = call("06_train", *options)
+        assert code == 0, err
+        finals.append(read_rows(run_dir / "06_metrics.jsonl")[-1]["train/loss"])
+    assert finals[0] == pytest.approx(finals[1], rel=1e-4)
+
+
+def test_one_pair_trains(tmp_path, tiny, call):
+    write_rows(tmp_path / "05_pairs.jsonl", make_pairs()[:1])
+    options = ("--run_dir", tmp_path, "--model", tiny())
+    code, out, err = call("06_train", *options, "--learning_rate", 1e-3)
+    assert code == 0 and "effective sample size 100% of the pairs" in out, err
+    first, _, last = read_rows(tmp_path / "06_metrics.jsonl")
+    assert last["train/loss"] < first["train/loss"]
+    code, _, err = call(
+        "06_train", *options, "--eval_fraction", 0.1, "--output_dir", tmp_path / "x" / "06_model"
+    )
+    assert code == 2 and "--eval_fraction leaves none of 1 prompts to train on" in err
+
+
+def test_a_loss_that_is_not_finite_names_its_prompts(tmp_path, tiny, call):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny()), AutoTokenizer.from_pretrained(tiny())
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    write_rows(tmp_path / "05_pairs.jsonl", make_pairs(2))
+    code, _, err = call("06_train", "--run_dir", tmp_path, "--model", tmp_path / "broken")
+    assert code == 2 and "the loss is not finite" in err and "p0" in err and "p1" in err
+    assert not (tmp_path / "06_model").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--label_smoothing", 0.5), "--label_smoothing 0.5: from 0 to below 0.5 is wanted"),
+        (("--eval_fraction", 1), "--eval_fraction 1.0: from 0 to below 1 is wanted"),
+        (("--loss", "sft", "--sft_weight", 1), "not for --loss sft"),
+        (("--save_steps", -1), "--save_steps -1: at least 0 is wanted"),
+    ],
+)
+def test_bad_options_are_one_line(run_dir, tiny, call, options, words):
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *options)
+    assert code == 2 and words in err
