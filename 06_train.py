@@ -754,11 +754,8 @@ def main(args: Args) -> None:
     checkpoint_path, progress = find_checkpoint(accelerator, checkpoints)
     done = progress.get("step", 0)
     wanted = 2 if args.save_steps and len(steps) > args.save_steps else 0
-    check_room(
-        folder,
-        sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-        max(0, wanted - bool(progress)),
-    )
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: sharded
+    check_room(folder, parameters, max(0, wanted - bool(progress)))
     if first_process:
         record["facts"] = facts | {"base_model": args.model, "model": str(folder), "loss": args.loss}
         common.write_record(record)
@@ -769,7 +766,9 @@ def main(args: Args) -> None:
         accelerator.init_trackers(stem, config, options)
 
     # Before training: dpo's frozen reference, and the metrics of the prompts that are measured.
-    prefix, measured = ("eval", held_out) if held_out else ("train", groups[:MEASURED_PROMPTS])
+    prefix, measured = (
+        ("eval", held_out) if held_out else ("train", groups[:: math.ceil(len(groups) / MEASURED_PROMPTS)])
+    )
 
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
@@ -779,7 +778,7 @@ def main(args: Args) -> None:
     if checkpoint_path:
         accelerator.print(f"going on from step {done} of {len(steps)} ({checkpoint_path})")
         accelerator.load_state(str(checkpoint_path))
-        for group, reference in zip(everything, progress["reference"], strict=False):
+        for group, reference in zip(everything, progress["reference"], strict=True):
             group["reference"] = reference
     else:
         if args.loss == "dpo":
@@ -830,6 +829,7 @@ def main(args: Args) -> None:
                 progress |= {"step": number, "log_bytes": log.tell()}
                 save_checkpoint(accelerator, checkpoints, progress)
         speed = {"seconds": time.time() - started, "pairs": trained, "tokens": tokens}
+        set_weights(groups, args, mean_gap)
         after = measure()
         write({"step": len(steps), "epoch": args.epochs, **after})
 
