@@ -22,8 +22,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 import common
 from common import UserError, arg, check
 
@@ -289,14 +287,16 @@ def main(args: Args) -> None:
     done = common.done_rows(args, record, output, len(rows))
     model = None if record["complete"] else common.load_model(args.model, args.dtype)
     common.check_vocabulary(tokenizer, model, args.model)
-    common.begin_rows(args, record, output)
+    common.begin_rows(args, record, output, done)
+    rank, world = common.processes()
     lengths = [max(len(ids) for ids in encoded[row["id"]].values()) for row in rows]
+    batches = common.plan_batches(lengths, [args.n] * len(rows), args.batch_size)[rank::world]
     started, tokens, truncated = time.time(), 0, 0
     with (
-        tqdm(total=len(rows), initial=len(done), unit="prompt", desc="01 sample") as bar,
-        open(output, "a", encoding="utf-8", newline="\n") as file,
+        common.progress("01 sample", batches, [row["id"] in done for row in rows]) as bar,
+        open(common.rows_file(output, rank), "a", encoding="utf-8", newline="\n") as file,
     ):
-        for batch in common.plan_batches(lengths, [args.n] * len(rows), args.batch_size):
+        for batch in batches:
             chosen = [rows[i] for i in batch]
             if all(row["id"] in done for row in chosen):
                 continue
@@ -306,10 +306,10 @@ def main(args: Args) -> None:
                 tokenizer,
                 [encoded[id][system] for id, system in keys],
                 [systems[id].count(system) for id, system in keys],
+                [common.derive_seed(args.seed, *key) for key in keys],
                 temperature=args.temperature,
                 top_p=args.top_p,
                 max_new_tokens=args.max_new_tokens,
-                seed=common.derive_seed(args.seed, [row["id"] for row in chosen]),
             )
             streams = {key: iter(group) for key, group in zip(keys, completions, strict=True)}
             for row in chosen:
@@ -325,9 +325,9 @@ def main(args: Args) -> None:
                     file.flush()
                     bar.update()
             bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s")
-    if record["complete"]:
-        print(f"{output} is complete already; --overwrite redoes it")
     rows = common.finish_rows(record, output, done, [row["id"] for row in rows])
+    if rows is None:  # the first of several processes reports
+        return
 
     common.show_funnel("01 sample", ("prompts in", total), dropped, "prompts sampled")
     texts = [response["text"] for row in rows for response in row["responses"]]

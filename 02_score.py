@@ -20,8 +20,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 import common
 from common import arg, check
 
@@ -81,7 +79,8 @@ def main(args: Args) -> None:
     done = common.done_rows(args, record, output, len(rows))
     model = None if record["complete"] else common.load_model(args.model, args.dtype)
     common.check_vocabulary(tokenizer, model, args.model)
-    common.begin_rows(args, record, output)
+    common.begin_rows(args, record, output, done)
+    rank, world = common.processes()
 
     def prompt_length(row: dict, response: dict) -> int:
         text = common.judge_prompt(objectives, row["prompt"], response["text"], args.with_instruction)
@@ -90,11 +89,11 @@ def main(args: Args) -> None:
     lengths = [[prompt_length(row, response) for response in row["responses"]] for row in rows]
     batches = common.plan_batches(
         [max(group) for group in lengths], [len(group) for group in lengths], args.batch_size
-    )
+    )[rank::world]
     started, read = time.time(), 0
     with (
-        tqdm(total=len(rows), initial=len(done), unit="prompt", desc="02 score") as bar,
-        open(output, "a", encoding="utf-8", newline="\n") as file,
+        common.progress("02 score", batches, [row["id"] in done for row in rows]) as bar,
+        open(common.rows_file(output, rank), "a", encoding="utf-8", newline="\n") as file,
     ):
         for batch in batches:
             if all(rows[i]["id"] in done for i in batch):
@@ -108,7 +107,7 @@ def main(args: Args) -> None:
                 objectives,
                 score_mode=args.score_mode,
                 with_instruction=args.with_instruction,
-                seed=common.derive_seed(args.seed, [rows[i]["id"] for i in batch]),
+                seeds=[common.derive_seed(args.seed, rows[i]["id"], j) for i, j in fitting],
             )
             by_place = dict(zip(fitting, scores, strict=True))
             for i in batch:
@@ -122,9 +121,9 @@ def main(args: Args) -> None:
                     bar.update()
                 read += len(row["responses"])
             bar.set_postfix_str(f"{read / (time.time() - started):.1f} responses/s")
-    if record["complete"]:
-        print(f"{output} is complete already; --overwrite redoes it")
     rows = common.finish_rows(record, output, done, [row["id"] for row in rows])
+    if rows is None:  # the first of several processes reports
+        return
 
     groups = [[response["scores"] for response in row["responses"]] for row in rows]
     scores = [pair for group in groups for pair in group]

@@ -19,8 +19,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 import common
 from common import arg, check
 
@@ -143,7 +141,8 @@ def main(args: Args) -> None:
     done = common.done_rows(args, record, output, len(rows))
     model = None if record["complete"] else common.load_model(args.model, args.dtype)
     common.check_vocabulary(tokenizer, model, args.model)
-    common.begin_rows(args, record, output)
+    common.begin_rows(args, record, output, done)
+    rank, world = common.processes()
 
     dropped = {"no scored response": 0, "too long for the context": 0}
     prompts = {}
@@ -162,10 +161,11 @@ def main(args: Args) -> None:
             prompts[row["id"]] = ids
     todo = [row for row in rows if row["id"] in prompts]
     lengths = [len(prompts[row["id"]]) for row in todo]
+    batches = common.plan_batches(lengths, [args.attempts] * len(todo), args.batch_size)[rank::world]
     started, tokens, ties = time.time(), 0, []
     with (
-        tqdm(total=len(rows), initial=len(done), unit="prompt", desc="03 refine") as bar,
-        open(output, "a", encoding="utf-8", newline="\n") as file,
+        common.progress("03 refine", batches, [row["id"] in done for row in todo]) as bar,
+        open(common.rows_file(output, rank), "a", encoding="utf-8", newline="\n") as file,
     ):
 
         def write(row: dict, refined: dict) -> None:
@@ -173,24 +173,24 @@ def main(args: Args) -> None:
                 done[row["id"]] = row | {"refined": refined}
                 file.write(common.dump_row(done[row["id"]]))
                 file.flush()
-                bar.update()
+                bar.update(row["id"] in prompts)
 
-        for row in rows:
+        for row in rows if rank == 0 else []:
             if row["id"] not in prompts:
                 write(row, {"text": "", "scores": None})
-        for batch in common.plan_batches(lengths, [args.attempts] * len(todo), args.batch_size):
+        for batch in batches:
             chosen = [todo[i] for i in batch]
             if all(row["id"] in done for row in chosen):
                 continue
-            seed = common.derive_seed(args.seed, [row["id"] for row in chosen])
+            seeds = [common.derive_seed(args.seed, row["id"]) for row in chosen]
             completions = common.generate(
                 model,
                 tokenizer,
                 [prompts[row["id"]] for row in chosen],
                 [args.attempts] * len(chosen),
+                seeds,
                 temperature=args.temperature if args.attempts > 1 else 0.0,
                 max_new_tokens=args.max_new_tokens,
-                seed=seed,
             )
             tokens += sum(completion.tokens for group in completions for completion in group)
             texts = [[clean_refined(completion.text) for completion in group] for group in completions]
@@ -206,15 +206,15 @@ def main(args: Args) -> None:
                     objectives,
                     score_mode=args.score_mode,
                     with_instruction=args.with_instruction,
-                    seed=seed,
+                    seeds=[common.derive_seed(s, j) for s in seeds for j in range(args.attempts)],
                 )
             )
             for row, group in zip(chosen, texts, strict=True):
                 write(row, best_attempt([{"text": text, "scores": next(scores)} for text in group]))
             bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s")
-    if record["complete"]:
-        print(f"{output} is complete already; --overwrite redoes it")
     rows = common.finish_rows(record, output, done, [row["id"] for row in rows])
+    if rows is None:  # the first of several processes reports
+        return
 
     dropped["refined answer not scored"] = sum(row["refined"]["scores"] is None for row in rows) - sum(
         dropped.values()

@@ -888,9 +888,9 @@ def show_sample(accelerator, model, tokenizer, prompt: list[dict]) -> None:
     plain = accelerator.unwrap_model(model)
     vars(plain).pop("forward", None)  # the class's own forward again
     ids = common.encode_pieces(tokenizer, common.render_chat(tokenizer, prompt, True))
-    options = {"temperature": 0.0, "max_new_tokens": 64, "seed": 0}
+    options = {"temperature": 0.0, "max_new_tokens": 64}
     with accelerator.autocast():
-        ((sample,),) = common.generate(plain.eval(), tokenizer, [ids], [1], **options)
+        ((sample,),) = common.generate(plain.eval(), tokenizer, [ids], [1], [0], **options)
     accelerator.print(f"  asked: {prompt[-1]['content'][:100]!r}\n  the trained model: {sample.text[:200]!r}")
 
 

@@ -24,6 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import types
 import typing
 from pathlib import Path
@@ -156,7 +157,7 @@ def warn(message: str) -> None:
 
 
 def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # of several processes the first
+    return processes()[0] == 0  # of several the first
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -352,42 +353,93 @@ def write_record(record: dict) -> None:
         file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
+def processes() -> tuple[int, int]:
+    """(which of them this is, how many there are): more than one under `accelerate launch`."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _wait_for_all() -> None:
+    if processes()[1] > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+
+def rows_file(output: Path, rank: int) -> Path:
+    """Where a process appends its rows: the first one to the stage's file, the others beside it."""
+    return output if rank == 0 else output.with_name(f".{output.stem}.process{rank}.jsonl")
+
+
+def _parts(output: Path) -> list[Path]:
+    return [output, *sorted(output.parent.glob(f".{output.stem}.process*.jsonl"))]
+
+
 def done_rows(args, record: dict, output: Path, wanted: int) -> dict[str, dict]:
-    """The whole rows that `output` already has, by id; nothing is written.
+    """The whole rows that `output` already has, by id, those of all processes; nothing is written.
 
     The record stays complete only if all `wanted` rows are there.
     """
     done = {}
-    if output.exists() and not args.overwrite:
-        for number, line in read_lines(output):
+    for path in _parts(output) if not args.overwrite else []:
+        for number, line in read_lines(path) if path.exists() else []:
             if line.endswith("\n"):
-                row = parse_json(line, f"{output}, line {number}")
+                row = parse_json(line, f"{path}, line {number}")
                 done[row["id"]] = row
     record["complete"] = record["complete"] and len(done) >= wanted
     return done
 
 
-def begin_rows(args, record: dict, output: Path) -> None:
+def begin_rows(args, record: dict, output: Path, done: dict) -> None:
     """Marks the stage as begun, and cuts a half-written last line off `output`.
 
     With `--overwrite` the old file goes first, so no kill in between can leave its rows beside the new
-    arguments.
+    arguments. Of several processes the first does all this while the others wait; it also takes in the rows
+    that processes of an earlier start have left.
     """
-    if args.overwrite:
-        output.unlink(missing_ok=True)
-    if not record["complete"]:
-        write_record(record)
-    if output.exists():
-        with open(output, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    _wait_for_all()  # all have read what was there
+    if processes()[0] == 0:
+        if args.overwrite:
+            output.unlink(missing_ok=True)
+        if not record["complete"]:
+            write_record(record)
+        parts = _parts(output)[1:]
+        if parts and not args.overwrite:
+            with replace_file(output) as file:
+                file.writelines(dump_row(row) for row in done.values())
+        for part in parts:
+            part.unlink()
+        if output.exists():
+            with open(output, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+    _wait_for_all()
 
 
-def finish_rows(record: dict, output: Path, rows: dict, order: list) -> list:
-    """Puts the rows into the order of the input and marks the stage complete; returns them in order."""
+def finish_rows(record: dict, output: Path, rows: dict, order: list) -> list | None:
+    """Puts the rows into the order of the input and marks the stage complete; returns them in order.
+
+    Of several processes the first waits for the others' rows and does this; the others get None.
+    """
+    if record["complete"] and processes()[0] == 0:
+        print(f"{output} is complete already; --overwrite redoes it")
+    if processes()[1] > 1:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if processes()[0] > 0:
+        return None
+    while missing := [id for id in order if id not in rows]:  # a process that dies takes this one with it
+        time.sleep(0.5)
+        for part in _parts(output)[1:]:
+            lines = [line for _, line in read_lines(part) if line.endswith("\n")]
+            rows |= {row["id"]: row for row in map(json.loads, lines) if row["id"] in missing}
     ordered = [rows[id] for id in order]
     with replace_file(output) as file:
         file.writelines(dump_row(row) for row in ordered)
     write_record(record | {"complete": True})
+    for part in _parts(output)[1:]:
+        part.unlink()
     return ordered
 
 
@@ -513,7 +565,7 @@ def load_config(name: str):
 
 
 def load_model(name: str, dtype: str = "auto", device=None, attn_implementation: str | None = None):
-    """The causal model on `device` (default: the GPU if there is one), in evaluation mode.
+    """The causal model on `device` (default: this process's GPU if there is one), in evaluation mode.
 
     dtype: float32, bfloat16, or auto (bfloat16 on a GPU that has it, else float32). attn_implementation:
     transformers' name of an attention function (sdpa, flash_attention_2, …), None for its own choice.
@@ -527,7 +579,8 @@ def load_model(name: str, dtype: str = "auto", device=None, attn_implementation:
         dtype = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = _from_pretrained(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **options)
-    return model.to(device or ("cuda" if cuda else "cpu")).eval()
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return model.to(device or (gpu if cuda else "cpu")).eval()
 
 
 def check_vocabulary(tokenizer, model, name: str) -> None:
@@ -606,6 +659,9 @@ def encode_prompt(tokenizer, prompt: str, system: str | None = None) -> list[int
 # Generation: every distinct prompt is read once, however many samples it gets.
 
 
+LEAVE_AT = 0.9  # rows that have ended leave once no more than this share of the batch is left: leaving copies
+
+
 class Completion(typing.NamedTuple):
     """A generated response: its text, its length in tokens, and if it met the length limit."""
 
@@ -673,51 +729,89 @@ def read_tokens(model, cache, mask, ids):
     return output.logits[:, -1].float()
 
 
+def draw_tokens(logits, uniforms, temperature: float, top_p: float):
+    """The next token of each row, int64 (B,). logits (B, V), uniforms (B,) in [0, 1); temperature 0: greedy.
+
+    Where the cumulated probabilities pass the row's own number, so what a row draws does not depend on the
+    rows beside it (and one number a row is cheaper than torch.multinomial's one for every token).
+    """
+    import torch
+
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = torch.softmax(logits / temperature, dim=-1), None
+    if top_p < 1:  # the likeliest tokens, up to the one that reaches top_p
+        probs, order = probs.sort(dim=-1, descending=True)
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+    cumulated = probs.cumsum(-1, dtype=torch.float64)
+    index = torch.searchsorted(cumulated, (uniforms * cumulated[:, -1])[:, None], right=True)
+    index = index.clamp(max=logits.shape[-1] - 1)
+    return (index if order is None else order.gather(-1, index))[:, 0]
+
+
 def generate(
     model,
     tokenizer,
     prompts: list[list[int]],
     counts: list[int],
+    seeds: list[int],
     *,
     temperature: float,
     max_new_tokens: int,
-    seed: int,
     top_p: float = 1.0,
 ) -> list[list[Completion]]:
-    """`counts[i]` completions of each tokenized prompt; temperature 0 is greedy.
+    """`counts[i]` completions of each tokenized prompt, drawn with `seeds[i]`; temperature 0 is greedy.
 
     The sampling settings are these alone: what a model's own generation config asks for (top-k, a
-    repetition penalty) does not count. The same batch with the same seed gives the same text.
+    repetition penalty) does not count. Each prompt is read once for all its completions, and rows that have
+    ended leave the batch.
     """
     import torch
 
-    ends = end_token_ids(tokenizer, model)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
-    ids, mask = pad_left(prompts, pad_id, model.device)
-    rows = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(model.device)
-    sampling = {"do_sample": False}
+    device, ends = model.device, end_token_ids(tokenizer, model)
+    ids, mask = pad_left(prompts, 0, device)
+    origin = [i for i, count in enumerate(counts) for _ in range(count)]
+    written: list[list[int]] = [[] for _ in origin]
+    uniforms = torch.empty((len(origin), 0))
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    torch.manual_seed(seed)
+        generators = [
+            torch.Generator().manual_seed(derive_seed(seeds[i], j))
+            for i, count in enumerate(counts)
+            for j in range(count)
+        ]
+        draws = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
+        uniforms = torch.stack(draws).to(device)
     with torch.inference_mode():
         cache = new_cache(model.config)
-        read_tokens(model, cache, mask[:, :-1], ids[:, :-1])  # generate reads the last token itself
+        rows = torch.tensor(origin, device=device)
+        logits = read_tokens(model, cache, mask, ids)[rows]
         cache.batch_select_indices(rows)
-        output = model.generate(
-            input_ids=ids[rows],
-            attention_mask=mask[rows],
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            eos_token_id=ends or None,
-            pad_token_id=pad_id,
-            **sampling,
-        )
+        mask, going = (
+            mask[rows],
+            list(range(len(origin))),
+        )  # `going`: which completion each row of the batch is
+        ended: set[int] = set()
+        for step in range(max_new_tokens):
+            tokens = draw_tokens(logits, uniforms[:, step] if temperature > 0 else None, temperature, top_p)
+            for i, token in zip(going, tokens.tolist(), strict=True):
+                if i not in ended:
+                    written[i].append(token)
+                    if token in ends:
+                        ended.add(i)
+            kept = [place for place, i in enumerate(going) if i not in ended]
+            if not kept or step == max_new_tokens - 1:
+                break
+            if len(kept) <= LEAVE_AT * len(going):
+                select, going = torch.tensor(kept, device=device), [going[place] for place in kept]
+                cache.batch_select_indices(select)
+                mask, tokens, uniforms = mask[select], tokens[select], uniforms[select]
+            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
+            logits = read_tokens(model, cache, mask, tokens[:, None])
     completions = []
-    for row in output[:, ids.shape[1] :].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-        text = tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
-        completions.append(Completion(text, min(stop + 1, len(row)), stop == len(row)))
+    for row in written:
+        whole = bool(row) and row[-1] in ends
+        text = tokenizer.decode(row[:-1] if whole else row, skip_special_tokens=True).strip()
+        completions.append(Completion(text, len(row), not whole))
     groups = iter(completions)
     return [[next(groups) for _ in range(count)] for count in counts]
 
@@ -930,12 +1024,13 @@ def judge(
     *,
     score_mode: str,
     with_instruction: bool,
-    seed: int,
+    seeds: list[int],
 ) -> list[list | None]:
     """[primary, secondary] of each (prompt, response), or None where a free answer can't be read.
 
     score_mode: "constrained" (integers, greedy, always read), "expected" (floats), "json" (the paper's free
     text at temperature 0; what can't be read is asked again with sampling, twice at most, then None).
+    seeds: of these tries, one an item.
     """
     if not items:
         return []
@@ -954,9 +1049,9 @@ def judge(
             tokenizer,
             [prompts[i] for i in todo],
             [1] * len(todo),
+            [derive_seed(seeds[i], "judge", attempt) for i in todo],
             temperature=0.0 if attempt == 0 else 1.0,
             max_new_tokens=JUDGE_MAX_NEW_TOKENS,
-            seed=derive_seed(seed, "judge", attempt),
         )
         for i, (answer,) in zip(todo, answers, strict=True):
             scores[i] = parse_scores(answer.text, names)
@@ -965,6 +1060,17 @@ def judge(
 
 # ---------------------------------------------------------------------------------------------------
 # Reports: what a person wants to see at the end of a stage.
+
+
+def progress(title: str, batches: list[list[int]], done: list[bool]):
+    """A tqdm bar over the prompts of `batches`, indices into `done`; the first process shows its own."""
+    from tqdm import tqdm
+
+    rank, world = processes()
+    mine = [i for batch in batches for i in batch]
+    title += f", process 1 of {world}" if world > 1 else ""
+    initial = sum(done[i] for i in mine)
+    return tqdm(total=len(mine), initial=initial, unit="prompt", desc=title, disable=rank > 0)
 
 
 def show_funnel(title: str, start: tuple[str, int], dropped: dict[str, int], kept: str) -> None:

@@ -39,11 +39,11 @@ BETA, GAMMA_BETA_RATIO, MAX_LENGTH, RATE = 2.0, 0.25, 1024, 1e-6
 @dataclass
 class Args:
     model: str = arg(common.DEFAULT_MODEL, "model to train")
-    prompts: int = arg(4, "prompts in the data, each trained on once")
-    batch_size: int = arg(2, "prompts per optimizer step, for both")
+    prompts: int = arg(2, "prompts in the data, each trained on once")
+    batch_size: int = arg(1, "prompts per optimizer step, for both")
     repeats: int = arg(3, "runs of each; the medians count")
     trl_batches: str = arg(
-        "1,2,3,6", "TRL's per_device_train_batch_size: each is tried once, the fastest races"
+        "1,3,6", "TRL's per_device_train_batch_size: each is tried once, the fastest races"
     )
     tokens_per_batch: int = arg(1024, "stage 6's")
     device_threads: int = arg(2, "threads of torch on a CPU")
@@ -223,6 +223,7 @@ def race(responses: int, args: Args) -> None:
         check(off < 1e-5 and same["gradient"] < 1e-4, "loss or gradient differ: no race")
         step = args.batch_size * per_prompt
         batches = [int(batch) for batch in args.trl_batches.split(",") if step % int(batch) == 0]
+        check(bool(batches), f"none of --trl_batches {args.trl_batches} divides the {step} pairs of a step")
         tries = {batch: run_worker("trl", folder, args, batch) for batch in batches}
         for batch, result in tries.items():
             print(f"  TRL at batch {batch}: {len(pairs) / result['seconds']:.2f} pairs/s", flush=True)

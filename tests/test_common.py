@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import common
 from common import UserError, arg
@@ -158,8 +164,8 @@ def test_greedy_generation_equals_generate_one_by_one(tiny, kind):
     prompts = [
         common.encode_prompt(tokenizer, text) for text in ("Hi", "What is the harm of it, in full?", "No")
     ]
-    options = {"temperature": 0.0, "max_new_tokens": 12, "seed": 0}
-    together = common.generate(model, tokenizer, prompts, [1, 2, 1], **options)
+    options = {"temperature": 0.0, "max_new_tokens": 12}
+    together = common.generate(model, tokenizer, prompts, [1, 2, 1], [0] * 3, **options)
     assert [len(group) for group in together] == [1, 2, 1] and together[1][0] == together[1][1]
     for prompt, group in zip(prompts, together, strict=True):
         plain = model.generate(
@@ -175,12 +181,47 @@ def test_sampling_follows_the_seed_and_ignores_the_models_own_settings(tiny):
     model, tokenizer = load(tiny())
     prompt = [common.encode_prompt(tokenizer, "Hi")]
     options = {"temperature": 1.0, "max_new_tokens": 8}
-    first = common.generate(model, tokenizer, prompt, [4], seed=1, **options)
-    assert first == common.generate(model, tokenizer, prompt, [4], seed=1, **options)
-    assert first != common.generate(model, tokenizer, prompt, [4], seed=2, **options)
+    first = common.generate(model, tokenizer, prompt, [4], [1], **options)
+    assert first == common.generate(model, tokenizer, prompt, [4], [1], **options)
+    assert first != common.generate(model, tokenizer, prompt, [4], [2], **options)
     assert len({completion.text for completion in first[0]}) > 1
     model.generation_config.update(top_k=1, repetition_penalty=9.0, temperature=0.01, top_p=0.01)
-    assert first == common.generate(model, tokenizer, prompt, [4], seed=1, **options)
+    assert first == common.generate(model, tokenizer, prompt, [4], [1], **options)
+
+
+def test_a_response_depends_on_its_own_seed_alone(tiny):
+    """Rows that end early leave, others stay or are asked for in another batch: the text is the same."""
+    model, tokenizer = load(tiny())
+    model.generation_config.eos_token_id = list(range(3, 420, 12))  # responses end at very different lengths
+    prompts = [common.encode_prompt(tokenizer, text) for text in ("Hi", "What is it?", "No, not that one")]
+    options = {"temperature": 1.0, "max_new_tokens": 40}
+    together = common.generate(model, tokenizer, prompts, [4, 4, 4], [5, 6, 7], **options)
+    lengths = [completion.tokens for group in together for completion in group]
+    assert len(set(lengths)) > 5 and min(lengths) < 5 and max(lengths) > 15, lengths
+    assert all(
+        completion.truncated == (completion.tokens == 40) for group in together for completion in group
+    )
+    for i in (2, 0, 1):
+        alone = common.generate(model, tokenizer, prompts[i : i + 1], [2], [5 + i], **options)
+        assert alone[0] == together[i][:2]
+    assert len({completion.text for completion in together[0]}) == 4
+
+
+def test_top_p_and_temperature_against_those_of_transformers():
+    logits = 3 * torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    grid = torch.linspace(0, 1, 4001, dtype=torch.float64)[:-1]
+    for temperature, top_p in [(1.0, 1.0), (0.7, 1.0), (1.0, 0.9), (1.3, 0.3)]:
+        warped = TemperatureLogitsWarper(temperature)(None, logits)
+        warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
+        expected = warped.softmax(-1)
+        for row in range(5):
+            drawn = common.draw_tokens(logits[row].expand(4000, -1), grid, temperature, top_p)
+            share = torch.bincount(drawn, minlength=50) / 4000
+            assert (share - expected[row]).abs().max() < 1 / 1900, "evenly spaced numbers: shares are exact"
+    assert torch.equal(common.draw_tokens(logits, None, 0, 1.0), logits.argmax(-1))
+    edge = torch.tensor([[-1e9, 0.0, -1e9]])
+    for u in (0.0, 1 - 1e-16):
+        assert common.draw_tokens(edge, torch.tensor([u], dtype=torch.float64), 1.0, 1.0).tolist() == [1]
 
 
 def test_sampling_has_the_models_distribution(tiny):
@@ -192,7 +233,7 @@ def test_sampling_has_the_models_distribution(tiny):
     ids = []
     tokenizer_decode = tokenizer.decode
     tokenizer.decode = lambda row, **_: ids.append(row) or ""
-    common.generate(model, tokenizer, [prompt], [4000], temperature=1.0, max_new_tokens=1, seed=3)
+    common.generate(model, tokenizer, [prompt], [4000], [3], temperature=1.0, max_new_tokens=1)
     tokenizer.decode = tokenizer_decode
     counts = torch.bincount(torch.tensor([row[0] if row else 3 for row in ids]), minlength=len(probabilities))
     spread = (probabilities * (1 - probabilities) / 4000).sqrt()
@@ -345,7 +386,7 @@ def test_scores_equal_plain_full_forward_passes(kind, seed):
     texts = [common.judge_prompt(OBJECTIVES, prompt, response, True) for prompt, response in items]
     prompts = [common.encode_prompt(tokenizer, text) for text in texts]
     plain = [whole_string_scores(model, tokenizer, ids, NAMES) for ids in prompts]
-    options = {"with_instruction": True, "seed": 0}
+    options = {"with_instruction": True, "seeds": list(range(99))}
     constrained = common.judge(model, tokenizer, items, OBJECTIVES, score_mode="constrained", **options)
     assert constrained == [chosen for chosen, _ in plain]
     expected = common.judge(model, tokenizer, items, OBJECTIVES, score_mode="expected", **options)
@@ -380,7 +421,7 @@ def test_nothing_to_judge_is_no_score(tiny):
     """A batch whose responses all exceed the context: they stay null."""
     model, tokenizer = load(tiny())
     for mode in common.SCORE_MODES:
-        options = {"score_mode": mode, "with_instruction": True, "seed": 0}
+        options = {"score_mode": mode, "with_instruction": True, "seeds": [0]}
         assert common.judge(model, tokenizer, [], OBJECTIVES, **options) == []
 
 
@@ -388,17 +429,17 @@ def test_free_answers_are_asked_again_twice_then_null(monkeypatch, tiny):
     model, tokenizer = load(tiny())
     asked = []
 
-    def fake(model, tokenizer, prompts, counts, *, temperature, max_new_tokens, seed):
-        asked.append((len(prompts), temperature, seed))
+    def fake(model, tokenizer, prompts, counts, seeds, *, temperature, max_new_tokens):
+        asked.append((len(prompts), temperature, seeds))
         text = '{"Harmlessness": 3, "Helpfulness": 4}' if len(asked) == 2 else "no idea"
         return [[common.Completion(text if i == 0 else "no idea", 5, False)] for i in range(len(prompts))]
 
     monkeypatch.setattr(common, "generate", fake)
-    options = {"score_mode": "json", "with_instruction": True, "seed": 0}
+    options = {"score_mode": "json", "with_instruction": True, "seeds": [7, 8, 9]}
     scores = common.judge(model, tokenizer, [("a", "b")] * 3, OBJECTIVES, **options)
     assert scores == [[3, 4], None, None]
     assert [(size, temperature) for size, temperature, _ in asked] == [(3, 0.0), (3, 1.0), (2, 1.0)]
-    assert len({seed for *_, seed in asked}) == 3
+    assert len({seed for *_, seeds in asked for seed in seeds}) == 8, "each try of each item has its own"
 
 
 # -------------------------------------------------------------------------------------------- reports

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_rows, write_rows
+from forked import Launch
 from safetensors.torch import load_file
 from test_train import make_pairs
 from transformers import AutoModelForCausalLM
@@ -37,15 +38,21 @@ def runs(tiny, tmp_path_factory):
     write_rows(run_dir / "05_pairs.jsonl", make_pairs(7))
 
     def run(name: str, config: str | None, *options: str, precision: str = "no"):
-        launch = launch_command(config, run_dir, precision) if config else [sys.executable]
         folder = run_dir / name
-        command = [*launch, "06_train.py", "--run_dir", run_dir, "--model", tiny(), "--output_dir", folder]
-        command = [*map(str, command), *OPTIONS, *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert f"processes: {2 if config else 1}, mixed precision: {precision}" in done.stdout
-        assert done.stdout.count("wrote ") == done.stdout.count("the trained model:") == 1
+        arguments = ["--run_dir", run_dir, "--model", tiny(), "--output_dir", folder, *OPTIONS, *options]
+        if config:
+            launch = [*launch_command(config, run_dir, precision), "06_train.py"]
+            settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            pipes = {"capture_output": True, "text": True, "timeout": 300}
+            done = subprocess.run(
+                [*launch, *map(str, arguments)], cwd=ROOT, env=os.environ | settings, **pipes
+            )
+            code, out, err = done.returncode, done.stdout, done.stderr
+        else:
+            code, out, err = Launch("06_train.py", *arguments).finish()
+        assert code == 0, err[-3000:]
+        assert f"processes: {2 if config else 1}, mixed precision: {precision}" in out
+        assert out.count("wrote ") == out.count("the trained model:") == 1
         AutoModelForCausalLM.from_pretrained(folder)
         weights = load_file(folder / "model.safetensors")
         assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}

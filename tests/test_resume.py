@@ -1,18 +1,13 @@
 """Stage 6 killed with SIGKILL goes on from its last checkpoint and ends with the same bytes."""
 
 import importlib
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
-import psutil
 import pytest
+import yaml
 from conftest import ROOT, read_rows, write_rows
-from test_processes import launch_command
+from forked import Launch
 from test_train import make_pairs
 
 import common
@@ -29,36 +24,41 @@ def make_run(folder):
     return folder
 
 
-def command_of(run_dir, model, *options, config=None):
-    launch = launch_command(config, run_dir) if config else [sys.executable]
-    return [*launch, "06_train.py", "--run_dir", str(run_dir), "--model", model, *OPTIONS, *options]
+def start(run_dir, model, *options, kind="one process", **limits):
+    script = ["06_train.py"]
+    environment = {}
+    if kind in ("FSDP2", "ZeRO-3"):  # what accelerate launch makes of the file
+        name = "fsdp" if kind == "FSDP2" else "zero3"
+        settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        script = ["tests/sharded_on_cpu.py", "06_train.py"]
+        if kind == "FSDP2":
+            environment = {key.upper(): str(value).lower() for key, value in settings["fsdp_config"].items()}
+            environment |= {"ACCELERATE_USE_FSDP": "true"}
+            for key in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE"):
+                environment[key] = environment[key].upper()
+        else:
+            pytest.importorskip("deepspeed")
+            environment = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+            environment |= {
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+            }
+            environment |= {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+    arguments = ["--run_dir", run_dir, "--model", model, *OPTIONS, *options]
+    processes = 1 if kind == "one process" else 2
+    return Launch(*script, *arguments, processes=processes, **limits, **environment)
 
 
-def start(command, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
-
-
-def finish(command, **options):
-    process = start(command, **options)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def kill_after(command, metrics_file, rows, wait=0.0):
+def kill_after(launch, metrics_file, rows, wait=0.0) -> bool:
     """SIGKILL to all processes once the metrics file has so many rows; False if the run was over before."""
-    process = start(command)
-    deadline = time.time() + 200
-    while process.poll() is None and time.time() < deadline:
+    end = time.time() + 200
+    while not launch.over() and time.time() < end:
         if metrics_file.exists() and metrics_file.read_bytes().count(b"\n") >= rows:
             break
-        time.sleep(0.002)
+        time.sleep(0.001)
     time.sleep(wait)
-    over = process.poll() is not None
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process] if not over else []:
-        victim.send_signal(signal.SIGKILL)  # the launcher's processes are in sessions of their own
-    process.communicate()
+    over = launch.over()
+    launch.kill()
     return not over
 
 
@@ -68,56 +68,52 @@ def result_of(run_dir):
     ).read_bytes()
 
 
-@pytest.mark.parametrize("config", [None, "cpu2.yaml", "fsdp.yaml", "zero3.yaml"])
-def test_killed_runs_end_like_a_whole_one(tiny, tmp_path, config):
-    whole = make_run(tmp_path / "whole")
-    options = ("--eval_fraction", "0.2", "--loss", "dpo", "--beta", "0.1")
-    command = command_of(whole, tiny(), *options, config=config)
-    code, out, err = finish(command)
+@pytest.mark.parametrize("kind", ["one process", "DDP", "FSDP2", "ZeRO-3"])
+def test_killed_runs_end_like_a_whole_one(tiny, tmp_path, kind):
+    whole, killed = make_run(tmp_path / "whole"), make_run(tmp_path / "killed")
+    options = (tiny(), "--eval_fraction", "0.2", "--loss", "dpo", "--beta", "0.1")
+    code, out, err = start(whole, *options, kind=kind).finish()
     assert code == 0 and "going on" not in out, err
     assert len(read_rows(whole / "06_metrics.jsonl")) > 12
-
-    killed = make_run(tmp_path / "killed")
-    command = command_of(killed, tiny(), *options, config=config)
     # before the first checkpoint, right after one, between two, in the first step after going on
-    kills = sum(kill_after(command, killed / "06_metrics.jsonl", rows) for rows in (3, 6, 10))
-    assert kills == 3, "no run was killed: this test would show nothing"
-    code, out, err = finish(command)
+    kills = 0
+    for rows in (3, 6, 10, 11):
+        kills += kill_after(start(killed, *options, kind=kind), killed / "06_metrics.jsonl", rows)
+    assert kills >= 3, "no run was killed: this test would show nothing"
+    code, out, err = start(killed, *options, kind=kind).finish()
     assert code == 0 and "going on from step" in out, err
     assert result_of(killed) == result_of(whole)
     assert not (killed / "06_checkpoints").exists(), "they go when the model is there"
 
 
 def test_a_kill_at_any_moment_of_a_save_loses_nothing(tiny, tmp_path):
-    whole = make_run(tmp_path / "whole")
-    options = ("--save_steps", "1")  # nearly all the time is spent in saving
-    assert finish(command_of(whole, tiny(), *options))[0] == 0
-    killed, reached = make_run(tmp_path / "killed"), 0
-    command = command_of(killed, tiny(), *options)
-    for wait in (0.0, 0.01, 0.02, 0.03, 0.05):
-        kill_after(command, killed / "06_metrics.jsonl", reached + 3, wait)
+    whole, killed = make_run(tmp_path / "whole"), make_run(tmp_path / "killed")
+    options = (tiny(), "--save_steps", "1")  # nearly all the time is spent in saving
+    assert start(whole, *options).finish()[0] == 0
+    reached = kills = 0
+    for attempt in range(12):
+        kills += kill_after(
+            start(killed, *options), killed / "06_metrics.jsonl", reached + 3, 0.003 * attempt
+        )
         saved = [int(p.name) for p in (killed / "06_checkpoints").glob("[0-9]*")]
-        assert max(saved) >= reached, "a checkpoint is lost"
-        reached = max(saved)
-    assert reached > 5
-    assert finish(command)[0] == 0
+        assert not saved or max(saved) >= reached, "a checkpoint is lost"
+        reached = max(saved, default=reached)
+    assert reached > 5 and kills > 3
+    assert start(killed, *options).finish()[0] == 0
     assert result_of(killed) == result_of(whole)
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path):
     whole, full = make_run(tmp_path / "whole"), make_run(tmp_path / "full")
-    assert finish(command_of(whole, tiny()))[0] == 0
-    command = command_of(full, tiny())
-    assert kill_after(command, full / "06_metrics.jsonl", 7)
+    assert start(whole, tiny()).finish()[0] == 0
+    assert kill_after(start(full, tiny()), full / "06_metrics.jsonl", 7)
     (saved,) = (full / "06_checkpoints").glob("[0-9]*")
     limit = max(p.stat().st_size for p in saved.iterdir()) // 2  # writes beyond it fail, as on a full disk
-    code, _, err = finish(
-        command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
+    code, _, err = start(full, tiny(), limit=limit).finish()
     assert code == 2 and "Traceback" not in err
     assert "can't be written: " in err and "make room and run the same command again" in err
     assert saved.exists() and not list((full / "06_checkpoints").glob(".*"))
-    assert finish(command)[0] == 0
+    assert start(full, tiny()).finish()[0] == 0
     assert result_of(full) == result_of(whole)
 
 

@@ -1,0 +1,96 @@
+"""Runs scripts of the kit in processes forked from one with the imports done: a start takes half a second.
+
+They are killed, counted and launched in numbers by the tests; what a user types is tested elsewhere.
+"""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch", "accelerate", "datasets", "transformers.models.llama.modeling_llama", "transformers.generation"]
+)
+
+
+def _main(script: str, arguments: list[str], environment: dict[str, str], folder: str, limit: int | None):
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
+    os.environ.update(environment)
+    if limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    import torch
+
+    torch.set_num_threads(1)  # threads of the parent do not live on in a fork
+    sys.argv, sys.path[0] = [script, *arguments], str(ROOT)
+    os.chdir(ROOT)
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Launch:
+    """`processes` copies of one script, as `accelerate launch` starts them; if one fails, all end."""
+
+    def __init__(self, script, *arguments, processes: int = 1, limit: int | None = None, **environment):
+        self.folder, self.running = tempfile.mkdtemp(), []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(processes):
+            Path(self.folder, str(rank)).mkdir()
+            own = dict(environment)
+            if processes > 1:
+                names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                values = (rank, rank, processes, processes, "127.0.0.1", port)
+                own |= dict(zip(names, map(str, values), strict=True))
+            target = (str(ROOT / script), [*map(str, arguments)], own, f"{self.folder}/{rank}", limit)
+            process = CONTEXT.Process(target=_main, args=target)
+            process.start()
+            self.running.append(process)
+
+    def over(self) -> bool:
+        """True if no process runs any more; a failed one takes the others with it."""
+        codes = [process.exitcode for process in self.running]
+        if any(codes):  # neither None nor 0
+            self.kill()
+        return None not in codes
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        for process in self.running:
+            process.kill()
+        for process in self.running:
+            process.join()
+
+    def finish(self, timeout: float = 300) -> tuple[int, str, str]:
+        """(the first exit code that is not 0, or 0; output; error output), when all have ended."""
+        import time
+
+        end = time.time() + timeout
+        while not self.over():
+            assert time.time() < end, f"still running: {self.read('out')} {self.read('err')}"
+            time.sleep(0.01)
+        codes = [process.exitcode for process in self.running]
+        positive = [code for code in codes if code and code > 0]
+        return next(iter(positive), max(map(abs, codes))), self.read("out"), self.read("err")
+
+    def read(self, name: str) -> str:
+        return "".join(Path(self.folder, str(r), name).read_text() for r in range(len(self.running)))
