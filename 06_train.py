@@ -63,6 +63,7 @@ PROJECTION_CHUNK = 256  # response positions whose logits over the vocabulary ar
 MEASURED_PROMPTS = 64  # measured before and after training where none are held out
 LAUNCHES = {DistributedType[name] for name in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")}
 MAY_CHANGE = ("save_steps", "tokens_per_batch", "gradient_checkpointing", "attn_implementation", "tracker")
+MAY_CHANGE += ("share_prompts",)
 
 
 @dataclass
@@ -95,6 +96,9 @@ class Args:
     max_length: int = arg(4096, "prompt and response in tokens; longer prompts lose their left (ours)")
     tokens_per_batch: int = arg(
         8192, "padded tokens in one forward pass; changes memory, never the gradient (ours)"
+    )
+    share_prompts: bool = arg(
+        True, "read a prompt once for several responses where that is cheaper (sdpa only)"
     )
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, a third more time")
     attn_implementation: str | None = arg(
@@ -151,18 +155,18 @@ def dpo_loss(
     return preference_nll(logits, label_smoothing)
 
 
-def response_logps(model, input_ids, attention_mask, response_mask) -> torch.Tensor:
-    """Σ_t log π(y_t | x, y_<t) of every row, float32 of shape (B,).
+def response_logps(
+    model, input_ids, attention_mask, position_ids, parents, targets, owners, responses: int
+) -> torch.Tensor:
+    """Σ_t log π(y_t | x, y_<t) of every response in a batch of `to_batch`, float32 of shape (responses,).
 
-    input_ids, attention_mask, response_mask: (B, T); response_mask is 1 at response tokens. The
-    vocabulary projection runs at response positions only, chunk by chunk, and its logits are computed
-    again in the backward pass, so memory does not grow with tokens × vocabulary.
+    The vocabulary projection runs only where a response token is predicted, chunk by chunk, and its logits
+    are computed again in the backward pass, so memory does not grow with tokens × vocabulary.
     """
     hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state  # (B, T, H)
-    predicted = response_mask[:, 1:].bool()  # position t is predicted at t − 1
-    states, targets = hidden[:, :-1][predicted], input_ids[:, 1:][predicted]  # (N, H), (N,)
+    states = hidden.flatten(0, 1)[parents]  # (N, H)
     head = model.get_output_embeddings()
 
     def project(states, targets):
@@ -171,8 +175,7 @@ def response_logps(model, input_ids, attention_mask, response_mask) -> torch.Ten
 
     chunks = zip(states.split(PROJECTION_CHUNK), targets.split(PROJECTION_CHUNK), strict=True)
     logps = torch.cat([checkpoint(project, s, t, use_reentrant=False) for s, t in chunks])
-    rows = predicted.nonzero()[:, 0]
-    return torch.zeros(len(input_ids), device=logps.device).index_add(0, rows, logps)
+    return torch.zeros(responses, device=logps.device).index_add(0, owners, logps)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -260,19 +263,71 @@ def group_pairs(tokenizer, pairs: list[dict], ends: list[int], args: Args) -> tu
     return usable, dropped
 
 
-def to_batch(sequences: list[tuple], device) -> dict[str, torch.Tensor]:
-    """Right-padded (B, T) int64 tensors: input_ids, attention_mask, response_mask. Masks go by position."""
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids, attention, responses = [], [], []
-    for prompt, response in sequences:
-        padding = [0] * (width - len(prompt) - len(response))
-        ids.append(prompt + response + padding)
-        attention.append([1] * (len(prompt) + len(response)) + padding)
-        responses.append([0] * len(prompt) + [1] * len(response) + padding)
-    names = ("input_ids", "attention_mask", "response_mask")
-    return {
-        k: torch.tensor(v, device=device) for k, v in zip(names, (ids, attention, responses), strict=True)
+def share_prompts(group: dict, hidden_size: int, budget: int) -> list[list[int]]:
+    """Which responses of a prompt (indices of its sequences) share a row behind it, so that it is read once.
+
+    The cheapest rows of 1, 2, … responses, none wider than `budget`: a token of a row of width w costs
+    24 H² multiplications and additions a layer in the weights and 4 H w in the attention, so 6 H + w.
+    """
+    prompts, responses = zip(*group["sequences"], strict=True)
+    count, best = len(responses), None
+    for size in range(1, count + 1 if all(prompt == prompts[0] for prompt in prompts) else 2):
+        rows = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+        widths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
+        cost = sum(width * (6 * hidden_size + width) for width in widths)
+        if size == 1 or (cost < best[0] and max(widths) <= budget):
+            best = cost, rows
+    return best[1]
+
+
+def rows_of(group: dict) -> list[tuple]:
+    """The rows of a prompt: (prompt ids, [response ids, …]), its responses in order."""
+    sequences = group["sequences"]
+    return [(sequences[row[0]][0], [sequences[i][1] for i in row]) for row in group["rows"]]
+
+
+def width_of(row: tuple) -> int:
+    prompt, responses = row
+    return len(prompt) + sum(map(len, responses))
+
+
+def to_batch(rows: list[tuple], device) -> dict[str, torch.Tensor]:
+    """The arguments of `response_logps` for rows of (prompt ids, [response ids, …]), right-padded.
+
+    input_ids, position_ids: (B, T) int64; attention_mask: (B, T), or where a row has several responses
+    (B, 1, T, T) bool, each response seeing the prompt and itself; parents (N,): the places in (B·T) that
+    predict the N response tokens `targets`; owners (N,): whose they are. All go by position, not by id.
+    """
+    size = len(rows), max(map(width_of, rows))
+    ids, positions = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
+    seen = torch.zeros(size, dtype=torch.long)
+    tree = torch.eye(size[1], dtype=torch.bool).repeat(len(rows), 1, 1)[:, None]
+    parents, targets, owners, count = [], [], [], 0
+    for i, (prompt, responses) in enumerate(rows):
+        start, spans = len(prompt), [(0, len(prompt))]
+        for response in responses:
+            end = start + len(response)
+            places = [len(prompt) - 1, *range(start, end - 1)]
+            parents += [i * size[1] + place for place in places]
+            targets += response
+            owners += [count] * len(response)
+            positions[i, start:end] = torch.arange(len(prompt), len(prompt) + len(response))
+            tree[i, 0, start:end, : len(prompt)] = True
+            spans.append((start, end))
+            start, count = end, count + 1
+        ids[i, :start] = torch.tensor(prompt + [token for response in responses for token in response])
+        positions[i, : len(prompt)] = torch.arange(len(prompt))
+        seen[i, :start] = 1
+        for a, b in spans:
+            tree[i, 0, a:b, a:b] = torch.ones(b - a, b - a, dtype=torch.bool).tril()
+    mask = tree if count > len(rows) else seen
+    tensors = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    tensors |= {
+        "parents": torch.tensor(parents),
+        "targets": torch.tensor(targets),
+        "owners": torch.tensor(owners),
     }
+    return {name: tensor.to(device) for name, tensor in tensors.items()} | {"responses": count}
 
 
 def pack(lengths: list[list[int]], budget: int) -> list[list[int]]:
@@ -292,10 +347,6 @@ def pack(lengths: list[list[int]], budget: int) -> list[list[int]]:
 
 # ---------------------------------------------------------------------------------------------------
 # One optimizer step's loss and its gradient.
-
-
-def sequence_lengths(group: dict) -> list[int]:
-    return [len(prompt) + len(response) for prompt, response in group["sequences"]]
 
 
 def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
@@ -346,17 +397,20 @@ def all_logps(accelerator, model, groups: list[dict], budget: int) -> list[torch
     The processes share the work; each makes as many forward passes as the busiest, since sharded weights
     are gathered by all of them together.
     """
-    sequences = [sequence for group in groups for sequence in group["sequences"]]
-    bins = pack([[len(prompt) + len(response)] for prompt, response in sequences], budget)
+    rows = [row for group in groups for row in rows_of(group)]
+    ends = list(itertools.accumulate(len(responses) for _, responses in rows))
+    bins = pack([[width_of(row)] for row in rows], budget)
     rank, world = accelerator.process_index, accelerator.num_processes
-    result = torch.zeros(len(sequences), device=accelerator.device)
+    result = torch.zeros(ends[-1], device=accelerator.device)
     with torch.no_grad():
         rounds = range(0, len(bins), world)
         for start in tqdm(rounds, desc="06 log-probabilities", unit="batch", leave=False, disable=rank > 0):
             members = bins[min(start + rank, len(bins) - 1)]
-            values = model(**to_batch([sequences[i] for i in members], accelerator.device))
+            values = model(**to_batch([rows[i] for i in members], accelerator.device))
             if start + rank < len(bins):
-                result[members] = values.float()
+                result[[j for i in members for j in range(ends[i] - len(rows[i][1]), ends[i])]] = (
+                    values.float()
+                )
     result = accelerator.reduce(result, "sum").cpu()
     return list(result.split([len(group["sequences"]) for group in groups]))
 
@@ -364,10 +418,11 @@ def all_logps(accelerator, model, groups: list[dict], budget: int) -> list[torch
 def plan_passes(
     groups: list[dict], budget: int
 ) -> tuple[list[list[dict]], list[tuple[dict, list[list[int]]]]]:
-    """(forward passes that hold whole prompts, [(a prompt too large for one pass, its parts), …])."""
+    """(forward passes that hold whole prompts, [(a prompt too large for one pass, its rows in parts), …])."""
     whole, split = [], []
-    for members in pack([sequence_lengths(group) for group in groups], budget):
-        parts = pack([[length] for length in sequence_lengths(groups[members[0]])], budget)
+    widths = [list(map(width_of, rows_of(group))) for group in groups]
+    for members in pack(widths, budget):
+        parts = pack([[width] for width in widths[members[0]]], budget)
         if len(members) == 1 and len(parts) > 1:
             split.append((groups[members[0]], parts))
         else:
@@ -390,26 +445,28 @@ def backward_step(accelerator, model, groups: list[dict], args: Args, denominato
     passes = max(len(whole) + sum(len(parts) for _, parts in split) for whole, split in plans)
     sums = torch.zeros(len(metric_names(args)), device=accelerator.device)
 
-    def forward(sequences):
-        return model(**to_batch(sequences, accelerator.device))
+    def forward(rows):
+        return model(**to_batch(rows, accelerator.device))
 
     def losses_of(chosen, logps):
         losses, metrics = group_losses(chosen, logps, args)
         sums.add_(torch.stack([losses.detach().sum(), *(values.sum() for values in metrics.values())]))
         return losses.sum() / denominator
 
-    weighted = []  # (sequences, dloss/dlogp): the parts of split prompts
+    weighted = []  # (rows, dloss/dlogp): the parts of split prompts
     with torch.no_grad():
         for group, parts in split:
-            logps = torch.zeros(len(group["sequences"]), device=accelerator.device)
-            for part in parts:
-                logps[part] = forward([group["sequences"][i] for i in part]).float()
+            rows, logps = rows_of(group), torch.zeros(len(group["sequences"]), device=accelerator.device)
+            members = [[i for row in part for i in group["rows"][row]] for part in parts]
+            for part, chosen in zip(parts, members, strict=True):
+                logps[chosen] = forward([rows[row] for row in part]).float()
             with torch.enable_grad():
                 logps.requires_grad_()
                 (slope,) = torch.autograd.grad(losses_of([group], logps), logps)
-            weighted += [([group["sequences"][i] for i in part], slope[part]) for part in parts]
+            for part, chosen in zip(parts, members, strict=True):
+                weighted.append(([rows[row] for row in part], slope[chosen]))
         for _ in range(looks - len(weighted)):
-            forward(groups[0]["sequences"][:1])
+            forward(rows_of(groups[0])[:1])
 
     todo = [("whole", chosen) for chosen in whole] + [("part", part) for part in weighted]
     todo += [("nothing", None)] * (passes - len(todo))
@@ -419,13 +476,11 @@ def backward_step(accelerator, model, groups: list[dict], args: Args, denominato
         accelerator.sync_gradients = number == passes
         with accelerator.no_sync(model) if delay and number < passes else contextlib.nullcontext():
             if kind == "whole":
-                loss = losses_of(
-                    item, forward([sequence for group in item for sequence in group["sequences"]])
-                )
+                loss = losses_of(item, forward([row for group in item for row in rows_of(group)]))
             elif kind == "part":
                 loss = (forward(item[0]) * item[1]).sum()
             else:
-                loss = forward(groups[0]["sequences"][:1]).sum() * 0.0
+                loss = forward(rows_of(groups[0])[:1]).sum() * 0.0
             accelerator.backward(loss * world)  # the processes' gradients are averaged, ours are summed
     return dict(zip(metric_names(args), accelerator.reduce(sums, "sum").tolist(), strict=True))
 
@@ -678,6 +733,23 @@ def prepare(accelerator, model, args: Args, precision: str):
     return model, optimizer
 
 
+def sharing_works(accelerator, model, groups: list[dict]) -> bool:
+    """If a shared prompt gives the log-probabilities of separate rows: not every model takes such masks."""
+    shared = [group for group in groups if len(group["rows"]) < len(group["sequences"])]
+    if not shared:
+        return True
+    group = min(shared, key=lambda group: max(map(width_of, rows_of(group))))
+    separate = [(prompt, [response]) for prompt, response in group["sequences"]]
+    with torch.no_grad():
+        try:
+            ours = model(**to_batch(rows_of(group), accelerator.device))
+        except (ValueError, TypeError, RuntimeError, NotImplementedError):
+            return False
+        plain = model(**to_batch(separate, accelerator.device))
+    lengths = torch.tensor([len(response) for _, response in group["sequences"]], device=plain.device)
+    return bool(((ours - plain).abs() / lengths).max() < 0.05)  # bfloat16 rounds; a wrong mask is far off
+
+
 def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rate: float) -> dict[str, float]:
     """One optimizer step on the prompts of `batch`; returns its metrics. UserError if it is not finite."""
     if args.gap_mean == "batch":
@@ -736,6 +808,11 @@ def main(args: Args) -> None:
     args.max_length = min(args.max_length, common.context_length(model.config))
     everything, dropped = group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), args)
     check(bool(everything), f"no response fits into --max_length {args.max_length} with its prompt")
+    share = args.share_prompts and model.config._attn_implementation == "sdpa"
+    config = model.config.get_text_config()
+    widest = min(args.tokens_per_batch, getattr(config, "sliding_window", None) or args.tokens_per_batch)
+    for group in everything:
+        group["rows"] = share_prompts(group, config.hidden_size, widest if share else 0)
     groups, held_out = split_prompts(everything, args)
     steps = plan_steps(len(groups), args)
     mean_gap = set_weights(groups, args, None)
@@ -764,6 +841,11 @@ def main(args: Args) -> None:
         config = {name: value if value is not None else "default" for name, value in asdict(args).items()}
         options = {"tensorboard": {"purge_step": done + 1}} if done else {}
         accelerator.init_trackers(stem, config, options)
+
+    if share and not sharing_works(accelerator, model, everything):
+        common.warn("this model can't read a prompt once for several responses; each gets its own row")
+        for group in everything:
+            group["rows"] = share_prompts(group, 0, 0)
 
     # Before training: dpo's frozen reference, and the metrics of the prompts that are measured.
     prefix, measured = (
@@ -807,7 +889,7 @@ def main(args: Args) -> None:
             batch = [groups[g] for g in step]
             rate = args.learning_rate * learning_rate_factor(number - 1, len(steps), args.warmup_ratio)
             metrics = train_step(accelerator, model, optimizer, batch, args, rate)
-            count = sum(length for group in batch for length in sequence_lengths(group))
+            count = sum(width_of(row) for group in batch for row in rows_of(group))
             tokens, progress["num_tokens"] = tokens + count, progress["num_tokens"] + count
             trained += sum(len(group["pairs"]) or len(group["sequences"]) for group in batch)
             epoch = number * args.epochs / len(steps)

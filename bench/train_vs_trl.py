@@ -179,6 +179,8 @@ def work_compare(pairs: list[dict], args: Args) -> dict:
     )
     groups, _ = train.group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), options)
     train.set_weights(groups, options, None)
+    for group in groups:
+        group["rows"] = train.share_prompts(group, model.config.hidden_size, args.tokens_per_batch)
     model.forward = functools.partial(train.response_logps, model)
     sums = train.backward_step(accelerator, model, groups, options, len(pairs))
     ours = dict(model.named_parameters())

@@ -138,10 +138,47 @@ def test_a_template_that_rewrites_its_prompt_is_refused():
 
 
 def test_right_padding_and_masks_by_position():
-    batch = train.to_batch([([7, 8], [9, 3]), ([7], [3])], "cpu")
-    assert batch["input_ids"].tolist() == [[7, 8, 9, 3], [7, 3, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["response_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    batch = train.to_batch([([7, 8], [[9, 3]]), ([7], [[3]])], "cpu")
+    assert batch.pop("responses") == 2
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[7, 8, 9, 3], [7, 3, 0, 0]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+        "position_ids": [[0, 1, 2, 3], [0, 1, 0, 0]],
+        "parents": [1, 2, 4],
+        "targets": [9, 3, 3],
+        "owners": [0, 0, 1],
+    }
+
+
+def test_a_shared_prompt_is_seen_by_its_responses_and_they_not_by_each_other():
+    batch = train.to_batch([([7, 8], [[9, 3], [5, 3]]), ([7], [[3]])], "cpu")
+    assert batch["responses"] == 3
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 3, 5, 3], [7, 3, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 0, 0, 0, 0]]
+    assert batch["parents"].tolist() == [1, 2, 1, 4, 6]
+    assert batch["targets"].tolist() == [9, 3, 5, 3, 3] and batch["owners"].tolist() == [0, 0, 1, 1, 2]
+    first, second = batch["attention_mask"][:, 0].int().tolist()
+    assert first == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+    assert second[:2] == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]], "padding sees only itself"
+
+
+def test_prompts_are_shared_where_it_is_cheaper_and_fits():
+    def group(prompt, *responses):
+        return {"sequences": [([1] * prompt, [2] * response) for response in responses]}
+
+    assert train.share_prompts(group(50, 10, 20, 30), 64, 1000) == [[0, 1, 2]]
+    assert train.share_prompts(group(50, 10, 20, 30), 64, 90) == [[0, 1], [2]]
+    assert train.share_prompts(group(50, 10, 20, 30), 64, 70) == [[0], [1], [2]]
+    assert train.share_prompts(group(5, 500, 500), 64, 9999) == [[0], [1]], "attention would cost more"
+    cut = {"sequences": [([1] * 9, [2] * 3), ([1] * 8, [2] * 4)]}
+    assert train.share_prompts(cut, 64, 1000) == [[0], [1]], "prompts that were cut differently differ"
 
 
 def test_pack_keeps_the_budget_and_every_item():
@@ -209,7 +246,8 @@ PLAIN = Accelerator(cpu=True)  # one process
 
 @pytest.mark.parametrize("budget", [100_000, 300, 60], ids=["one batch", "several", "prompts split"])
 @pytest.mark.parametrize("loss", ["spa", "simpo", "dpo", "sft", "spa with extras", "dpo with extras"])
-def test_gradient_equals_a_naive_float64_step(loss, budget):
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
+def test_gradient_equals_a_naive_float64_step(loss, budget, share):
     tokenizer = make_tokenizer("pad_eos")
     loss, extras = loss.removesuffix(" with extras"), loss.endswith("extras")
     args = train.Args(loss=loss, alpha=2.0, beta=0.1 if loss == "dpo" else 2.0, tokens_per_batch=budget)
@@ -220,6 +258,10 @@ def test_gradient_equals_a_naive_float64_step(loss, budget):
     groups, dropped = train.group_pairs(tokenizer, pairs, [3], args)
     assert dropped == 0 and sum(len(group["sequences"]) for group in groups) < 2 * len(pairs)
     train.set_weights(groups, args, None)
+    for group in groups:
+        group["rows"] = train.share_prompts(group, 32, budget if share else 0)
+    shared = any(len(row) > 1 for group in groups for row in group["rows"])
+    assert shared == share
     for network in (reference, model):
         network.forward = functools.partial(train.response_logps, network)
     for group, values in zip(groups, train.all_logps(PLAIN, reference, groups, 512), strict=True):
@@ -244,12 +286,14 @@ def test_gradient_equals_a_naive_float64_step(loss, budget):
 def test_chunks_do_not_change_the_log_probabilities(monkeypatch):
     tokenizer = make_tokenizer("plain")
     model = make_model(len(tokenizer))
-    batch = train.to_batch([([5, 6, 7], [8, 9, 10, 3]), ([5], [6, 7, 3])], "cpu")
+    batch = train.to_batch([([5, 6, 7], [[8, 9, 10, 3]]), ([5], [[6, 7, 3]])], "cpu")
     whole = train.response_logps(model, **batch)
     monkeypatch.setattr(train, "PROJECTION_CHUNK", 2)
     assert torch.allclose(train.response_logps(model, **batch), whole, atol=1e-6)
-    alone = train.response_logps(model, **train.to_batch([([5], [6, 7, 3])], "cpu"))
+    alone = train.response_logps(model, **train.to_batch([([5], [[6, 7, 3]])], "cpu"))
     assert torch.allclose(alone, whole[1:], atol=1e-5), "padding does not count"
+    tree = train.response_logps(model, **train.to_batch([([5], [[9, 8, 3], [6, 7, 3]]), ([5], [[3]])], "cpu"))
+    assert torch.allclose(tree[1], whole[1], atol=1e-5), "nor do other responses"
 
 
 def test_gap_mean_of_the_batch():
@@ -452,6 +496,27 @@ def test_gradient_checkpointing_and_attention_change_nothing_but_the_way(tiny, c
     options = ("--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "d" / "06_model")
     code, _, err = call("06_train", *options, "--attn_implementation", "no_such")
     assert code == 2 and "can't be loaded" in err and "Traceback" not in err
+
+
+def test_a_model_that_takes_no_such_masks_gets_separate_rows(tiny, call, run_dir, monkeypatch):
+    options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    losses, original = {}, train.to_batch
+
+    def leaky(rows, device):
+        """Responses of a row see each other, as in a model that only knows causal masks."""
+        batch = original(rows, device)
+        if batch["attention_mask"].ndim == 4:
+            batch["attention_mask"] = torch.ones_like(batch["attention_mask"]).tril()
+        return batch
+
+    for name, extra in {"shared": (), "separate": ("--no-share_prompts",), "probed": ()}.items():
+        if name == "probed":
+            monkeypatch.setattr(train, "to_batch", leaky)
+        code, _, err = call("06_train", *options, *extra, "--output_dir", run_dir / name / "06_model")
+        assert code == 0 and ("each gets its own row" in err) == (name == "probed"), err
+        losses[name] = [row.get("loss", 0) for row in read_rows(run_dir / name / "06_metrics.jsonl")]
+    assert losses["shared"] == pytest.approx(losses["separate"], rel=1e-4)
+    assert losses["probed"] == losses["separate"]
 
 
 def test_dropout_is_off_even_where_activations_are_recomputed(tmp_path, call, run_dir):
