@@ -411,8 +411,16 @@ def all_logps(accelerator, model, groups: list[dict], budget: int) -> list[torch
                 result[[j for i in members for j in range(ends[i] - len(rows[i][1]), ends[i])]] = (
                     values.float()
                 )
+    reshard(model)
     result = accelerator.reduce(result, "sum").cpu()
     return list(result.split([len(group["sequences"]) for group in groups]))
+
+
+def reshard(model) -> None:
+    """After a forward pass alone FSDP2 keeps the last weights gathered; a checkpoint wants all in shards."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def plan_passes(
@@ -724,7 +732,12 @@ def prepare(accelerator, model, args: Args, precision: str):
         # accelerate's own policy would round our sums and the reduced gradients to bfloat16
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    options = {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "fused": True,
+    }  # one pass over memory
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
     model, optimizer = accelerator.prepare(model, optimizer)
     check(
         all(p.dtype == torch.float32 for p in model.parameters()),
@@ -746,6 +759,7 @@ def sharing_works(accelerator, model, groups: list[dict]) -> bool:
         except (ValueError, TypeError, RuntimeError, NotImplementedError):
             return False
         plain = model(**to_batch(separate, accelerator.device))
+    reshard(model)
     lengths = torch.tensor([len(response) for _, response in group["sequences"]], device=plain.device)
     return bool(((ours - plain).abs() / lengths).max() < 0.05)  # bfloat16 rounds; a wrong mask is far off
 

@@ -39,8 +39,8 @@ BETA, GAMMA_BETA_RATIO, MAX_LENGTH, RATE = 2.0, 0.25, 1024, 1e-6
 @dataclass
 class Args:
     model: str = arg(common.DEFAULT_MODEL, "model to train")
-    prompts: int = arg(2, "prompts in the data, each trained on once")
-    batch_size: int = arg(1, "prompts per optimizer step, for both")
+    prompts: int = arg(4, "prompts in the data, each trained on once")
+    batch_size: int = arg(4, "prompts per optimizer step, for both")
     repeats: int = arg(3, "runs of each; the medians count")
     trl_batches: str = arg(
         "1,3,6", "TRL's per_device_train_batch_size: each is tried once, the fastest races"
@@ -112,7 +112,7 @@ def make_trainer(pairs: list[dict], batch: int, args: Args):
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         max_grad_norm=1.0,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
