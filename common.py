@@ -961,12 +961,17 @@ def score_logprobs(next_logprobs, suffixes: list[list[int]]) -> tuple[list[int],
     return (choice + 1).tolist(), torch.stack([logps[k] for k in range(10)], dim=-1).tolist()
 
 
-def read_scores(model, tokenizer, prompts: list[list[int]], names: list[str], expected: bool) -> list[list]:
+def read_scores(
+    model, tokenizer, prompts: list[list[int]], owners: list[int], names: list[str], expected: bool
+) -> list[list]:
     """The judge's two scores for each tokenized judge prompt, read without free generation.
+
+    owners: (R,) 0, 0, …, 1, …: the instruction that each prompt is about, whose tokens are read once.
 
     The answer's JSON skeleton is given, and only the integers 1 to 10 can stand in it. Greedy: [int, int];
     expected: [Σ k P(k), Σ k P(k)], where the second is read after the greedy first. The tokens that all
-    prompts share (the constitution) are read once, each prompt's rest once, the skeleton on the kept cache.
+    prompts share (the constitution) are read once, then those that all of an instruction share, then each
+    prompt's rest; the skeleton is read on the kept cache.
     """
     import torch
 
@@ -1004,8 +1009,23 @@ def read_scores(model, tokenizer, prompts: list[list[int]], names: list[str], ex
     with torch.inference_mode():
         if shared:
             read_tokens(model, cache, mask[:1], torch.tensor([rows[0][:shared]], device=device))
+        starts = [shared] * size  # how much of each row has been read
+        groups = [
+            [row for row, owner in zip(rows, owners, strict=True) if owner == o] for o in sorted(set(owners))
+        ]
+        if shared and len(groups) < size:
+            cache.batch_repeat_interleave(len(groups))
+            ends = [min(shared_prefix(group), min(map(len, group)) - 1) for group in groups]
+            mask = mask[: len(groups)]
+            if max(ends) > shared:
+                read([group[0][shared:end] for group, end in zip(groups, ends, strict=True)])
+            select = torch.tensor(owners, device=device)
+            cache.batch_select_indices(select)
+            mask, starts = mask[select], [ends[owner] for owner in owners]
+        elif shared:
             cache.batch_repeat_interleave(size)
-        choice, primary = read_number(read([row[shared:] for row in rows]), suffixes)
+        rest = [row[start:] for row, start in zip(rows, starts, strict=True)]
+        choice, primary = read_number(read(rest), suffixes)
         logprobs = read([seconds[k - 1][0][len(first) :] for k in choice])
         secondary, read_already = [], {}
         for i, k in enumerate(choice):  # after "10" the rest may be tokenized differently than after "1"
@@ -1038,7 +1058,9 @@ def judge(
     prompts = [encode_prompt(tokenizer, text) for text in texts]
     names = [name for name, _ in objectives]
     if score_mode != "json":
-        return read_scores(model, tokenizer, prompts, names, expected=score_mode == "expected")
+        numbers: dict[str, int] = {}
+        owners = [numbers.setdefault(prompt, len(numbers)) for prompt, _ in items]
+        return read_scores(model, tokenizer, prompts, owners, names, expected=score_mode == "expected")
     scores: list[list | None] = [None] * len(items)
     for attempt in range(1 + JSON_RETRIES):
         todo = [i for i, value in enumerate(scores) if value is None]

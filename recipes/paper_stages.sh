@@ -14,12 +14,13 @@ RATE=${RATE:-1e-6}          # Table 5: 5e-7, 1e-6, 5e-6 or 1e-5
 EPOCHS=${EPOCHS:-1}         # not in the paper
 BATCH=${BATCH:-16}          # prompts per optimizer step; not in the paper
 DENOISE=${DENOISE:-}        # w/o NF: --no-consistency --no-informativeness
-LAUNCH=${LAUNCH:---config_file configs/fsdp.yaml} # 8 GPUs
+GENERATE=${GENERATE:---config_file configs/ddp.yaml} # 8 GPUs, the model on each
+LAUNCH=${LAUNCH:---config_file configs/fsdp.yaml}    # 8 GPUs, one model over all
 
-python 01_sample.py --run_dir "$RUN" --model "$MODEL" --prompts "$PROMPTS" --num_prompts "$NUM_PROMPTS" \
+accelerate launch $GENERATE 01_sample.py --run_dir "$RUN" --model "$MODEL" --prompts "$PROMPTS" --num_prompts "$NUM_PROMPTS" \
   --n "$N" --temperature 1 --max_new_tokens "$TOKENS" --system_prob "$SYSTEM_PROB"
-python 02_score.py --run_dir "$RUN" --primary "$PRIMARY" --score_mode "$SCORES"
-python 03_refine.py --run_dir "$RUN" --max_new_tokens "$TOKENS"
+accelerate launch $GENERATE 02_score.py --run_dir "$RUN" --primary "$PRIMARY" --score_mode "$SCORES"
+accelerate launch $GENERATE 03_refine.py --run_dir "$RUN" --max_new_tokens "$TOKENS"
 python 04_denoise.py --run_dir "$RUN" --rho "$RHO" $DENOISE
 python 05_pairs.py --run_dir "$RUN" --delta "$DELTA"
 accelerate launch $LAUNCH 06_train.py --run_dir "$RUN" --loss spa --alpha "$ALPHA" --beta "$BETA" \

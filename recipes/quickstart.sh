@@ -15,11 +15,14 @@ ATTEMPTS=4         # refinements per prompt, the best stays; paper: 1
 DELTA=0.3          # expected scores lie close together; paper: 2 to 4
 RATE=1e-5          # paper: 5e-7 to 1e-5
 EPOCHS=2
+BATCH=128          # sequences at a time: on a CPU the more, the faster
 TEST_PROMPTS=10    # paper: 500
 
-python 01_sample.py --run_dir $RUN --num_prompts $PROMPTS --n $N --max_new_tokens $TOKENS --temperature $TEMPERATURE
+python 01_sample.py --run_dir $RUN --num_prompts $PROMPTS --n $N --max_new_tokens $TOKENS --temperature $TEMPERATURE \
+  --batch_size $BATCH
 python 02_score.py --run_dir $RUN --score_mode $SCORES
-python 03_refine.py --run_dir $RUN --attempts $ATTEMPTS --max_new_tokens $TOKENS --temperature $TEMPERATURE
+python 03_refine.py --run_dir $RUN --attempts $ATTEMPTS --max_new_tokens $TOKENS --temperature $TEMPERATURE \
+  --batch_size $BATCH
 python 04_denoise.py --run_dir $RUN
 python 05_pairs.py --run_dir $RUN --delta $DELTA
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \

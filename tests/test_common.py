@@ -63,18 +63,19 @@ def test_repair_and_resume(tmp_path):
     output = tmp_path / "01_samples.jsonl"
     record = common.check_run(args, "01_sample", [output], {})
     assert common.done_rows(args, record, output, 3) == {} and not record["complete"]
-    common.begin_rows(args, record, output)
+    common.begin_rows(args, record, output, {})
     output.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c"}', encoding="utf-8")
     common.write_record(record | {"complete": True})
     record = common.check_run(args, "01_sample", [output], {})
     assert record["complete"]
-    assert list(common.done_rows(args, record, output, 3)) == ["a", "b"], (
-        "a line without its end does not count"
-    )
+    other = tmp_path / ".01_samples.process1.jsonl"  # left by the second of several processes
+    other.write_text('{"id": "d"}\n{"id": "e"', encoding="utf-8")
+    done = common.done_rows(args, record, output, 9)
+    assert list(done) == ["a", "b", "d"], "a line without its end does not count"
     assert not record["complete"], "whatever the record says"
     assert output.read_text().endswith("}"), "looking changes nothing"
-    common.begin_rows(args, record, output)
-    assert output.read_text() == '{"id": "a"}\n{"id": "b"}\n'
+    common.begin_rows(args, record, output, done)
+    assert output.read_text() == '{"id": "a"}\n{"id": "b"}\n{"id": "d"}\n' and not other.exists()
 
 
 def test_other_arguments_or_inputs_are_refused(tmp_path):
@@ -383,6 +384,7 @@ def test_scores_equal_plain_full_forward_passes(kind, seed):
     tokenizer = make_tokenizer(kind)
     model = make_model(len(tokenizer), seed)
     items = [("Hi", "Hello."), ("What is it?", "It is harmful to say so, and " * 4), ("No", "")]
+    items += [("What is it?", "It is harmless."), ("Hi", ""), ("What is it?", "It")]  # instructions again
     texts = [common.judge_prompt(OBJECTIVES, prompt, response, True) for prompt, response in items]
     prompts = [common.encode_prompt(tokenizer, text) for text in texts]
     plain = [whole_string_scores(model, tokenizer, ids, NAMES) for ids in prompts]

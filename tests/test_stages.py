@@ -444,6 +444,7 @@ def test_one_paper_recipe_to_its_end(tiny, tmp_path):
         "NUM_PROMPTS": "4",
         "TOKENS": "8",
         "SCORES": "constrained",  # a random model writes no JSON
+        "GENERATE": "--config_file configs/cpu2.yaml",
         "LAUNCH": "--config_file configs/cpu.yaml",
         "DENOISE": "--no-consistency --no-informativeness",
         "DELTA": "0",

@@ -349,6 +349,7 @@ def test_a_run_trains_and_saves(tiny, call, run_dir, loss):
     first, *steps, last = read_rows(run_dir / "06_metrics.jsonl")
     assert len(steps) == 12 and last["train/loss"] < first["train/loss"]
     assert {"step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen"} <= set(steps[0])
+    assert all(name in train.__doc__ for name in steps[0]), "every metric is explained"
     if loss != "sft":
         assert last["train/rewards/margins"] > first["train/rewards/margins"]
         assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies"} <= set(steps[0])

@@ -1,0 +1,35 @@
+"""The benchmarks run, on a tiny model; what they measure there means nothing."""
+
+import re
+
+import pytest
+from conftest import run_script
+
+
+def test_generate(tiny):
+    options = ("--prompts", 3, "--n", 2, "--max_new_tokens", 5, "--repeats", 1)
+    done = run_script("bench/generate.py", "--model", tiny(), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rates = re.findall(r"(stage 1|batches|one by one) +([\d.]+) useful tokens/s \(median\)", done.stdout)
+    assert [name for name, _ in rates] == ["stage 1", "batches", "one by one"]
+    assert all(float(rate) > 0 for _, rate in rates)
+
+
+def test_train_against_trl(tiny):
+    """Also a test of stage 6: its loss and gradient are those of TRL's whole trainer, tokens and all."""
+    pytest.importorskip("trl")
+    options = ("--prompts", 2, "--batch_size", 2, "--repeats", 1, "--trl_batches", 3)
+    done = run_script("bench/train_vs_trl.py", "--model", tiny("bos"), *options)  # TRL adds one
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert done.stdout.count("ratio of the medians") == 2
+    losses = [float(x) for x in re.findall(r"relative difference ([\d.e+-]+)\n", done.stdout)]
+    assert len(losses) == 4 and max(losses) < 1e-4
+
+
+def test_score(tiny):
+    options = ("--responses", 10, "--words", 12, "--repeats", 1)
+    done = run_script("bench/score.py", "--model", tiny(), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "read: stage 2 10, json 0 of 10" in done.stdout
+    total, distinct = map(int, re.search(r"(\d+) tokens of which (\d+) are distinct", done.stdout).groups())
+    assert 0 < distinct < total / 2
