@@ -839,6 +839,10 @@ def main(args: Args) -> None:
     gamma = args.beta * args.gamma_beta_ratio
     accelerator.print(f"loss {args.loss}: β {args.beta:g}, γ {gamma:g}, γ/β {args.gamma_beta_ratio:g}")
     accelerator.print(f"processes: {accelerator.num_processes}, mixed precision: {precision}")
+    threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count()
+    if accelerator.device.type == "cpu" and threads < cores:  # accelerate launch allows one unless asked
+        hint = "accelerate launch --num_cpu_threads_per_process N, or OMP_NUM_THREADS"
+        common.warn(f"{threads} threads on {cores} cores; for more: {hint}")
     if args.overwrite and first_process:
         shutil.rmtree(checkpoints, ignore_errors=True)
     accelerator.wait_for_everyone()

@@ -26,6 +26,7 @@ python 03_refine.py --run_dir $RUN --attempts $ATTEMPTS --max_new_tokens $TOKENS
 python 04_denoise.py --run_dir $RUN
 python 05_pairs.py --run_dir $RUN --delta $DELTA
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+  --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')" \
   06_train.py --run_dir $RUN --learning_rate $RATE --epochs $EPOCHS --batch_size 4 --tokens_per_batch 1024
 
 # Held-out prompts: the base model's sampled and refined answers, then the trained model's, one judge for all.
