@@ -301,8 +301,7 @@ def to_batch(rows: list[tuple], device) -> dict[str, torch.Tensor]:
     size = len(rows), max(map(width_of, rows))
     ids, positions = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
     seen = torch.zeros(size, dtype=torch.long)
-    tree = torch.eye(size[1], dtype=torch.bool).repeat(len(rows), 1, 1)[:, None]
-    parents, targets, owners, count = [], [], [], 0
+    parents, targets, owners, trees, count = [], [], [], [], 0
     for i, (prompt, responses) in enumerate(rows):
         start, spans = len(prompt), [(0, len(prompt))]
         for response in responses:
@@ -312,15 +311,21 @@ def to_batch(rows: list[tuple], device) -> dict[str, torch.Tensor]:
             targets += response
             owners += [count] * len(response)
             positions[i, start:end] = torch.arange(len(prompt), len(prompt) + len(response))
-            tree[i, 0, start:end, : len(prompt)] = True
             spans.append((start, end))
             start, count = end, count + 1
         ids[i, :start] = torch.tensor(prompt + [token for response in responses for token in response])
         positions[i, : len(prompt)] = torch.arange(len(prompt))
         seen[i, :start] = 1
-        for a, b in spans:
-            tree[i, 0, a:b, a:b] = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-    mask = tree if count > len(rows) else seen
+        trees.append(spans)
+    mask = seen
+    if count > len(rows):
+        mask = torch.eye(size[1], dtype=torch.bool).repeat(len(rows), 1, 1)[:, None]  # padding sees itself
+        for i, spans in enumerate(trees):
+            mask[i, 0, : spans[-1][1], : spans[0][1]] = True
+            for start, end in spans:
+                mask[i, 0, start:end, start:end] = torch.ones(
+                    end - start, end - start, dtype=torch.bool
+                ).tril()
     tensors = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     tensors |= {
         "parents": torch.tensor(parents),
@@ -529,7 +534,7 @@ def set_weights(groups: list[dict], args: Args, mean_gap: float | None) -> float
 def weight_statistics(groups: list[dict]) -> dict[str, float]:
     """How unequal the pairs' weights are: (Σ w)² / Σ w² as a share of the pairs, and the share of zeros."""
     weights = torch.tensor([w for group in groups for w in group["weights"]])
-    effective = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+    effective = weights.sum() ** 2 / (weights**2).sum().clamp(min=1e-30) / len(weights)
     return {
         "weights/effective_sample_size": effective.item(),
         "weights/zero_fraction": (weights == 0).float().mean().item(),

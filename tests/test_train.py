@@ -459,6 +459,8 @@ def test_weight_statistics_by_hand():
     statistics = train.weight_statistics([{"weights": [2.0, 0.0]}, {"weights": [1.0, 1.0]}])
     assert statistics["weights/effective_sample_size"] == pytest.approx(16 / 6 / 4)
     assert statistics["weights/zero_fraction"] == 0.25
+    statistics = train.weight_statistics([{"weights": [0.0, 0.0]}])
+    assert list(statistics.values()) == [0.0, 1.0], "a batch whose totals are all equal"
 
 
 def test_tensorboard_gets_what_the_file_gets(tiny, call, run_dir):
