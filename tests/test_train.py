@@ -574,3 +574,10 @@ def test_a_loss_that_is_not_finite_names_its_prompts(tmp_path, tiny, call):
 def test_bad_options_are_one_line(run_dir, tiny, call, options, words):
     code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *options)
     assert code == 2 and words in err
+
+
+def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, call, run_dir):
+    make_tokenizer("plain").save_pretrained(tmp_path / "small")
+    make_model(100).save_pretrained(tmp_path / "small")
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tmp_path / "small")
+    assert code == 2 and "the tokenizer has" in err and "the model only 100" in err
