@@ -62,8 +62,9 @@ from common import UserError, arg, check
 PROJECTION_CHUNK = 256  # response positions whose logits over the vocabulary are in memory at a time
 MEASURED_PROMPTS = 64  # measured before and after training where none are held out
 LAUNCHES = {DistributedType[name] for name in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED")}
-MAY_CHANGE = ("save_steps", "tokens_per_batch", "gradient_checkpointing", "attn_implementation", "tracker")
-MAY_CHANGE += ("share_prompts",)
+# what may differ when an interrupted run goes on, for it doesn't change the result
+MEMORY_OPTIONS = ("tokens_per_batch", "gradient_checkpointing", "attn_implementation", "share_prompts")
+MAY_CHANGE = (*MEMORY_OPTIONS, "save_steps", "tracker")
 
 
 @dataclass
@@ -144,7 +145,8 @@ def spa_loss(chosen_logps, rejected_logps, weights, beta, gamma, label_smoothing
     chosen_logps, rejected_logps: log π(y|x) / |y|, the average log-probability per response token, end
     token included. weights: w_i; all 1 gives SimPO. γ is absolute: gamma_beta_ratio · β.
     """
-    return weights * preference_nll(beta * (chosen_logps - rejected_logps) - gamma, label_smoothing)
+    logits = beta * (chosen_logps - rejected_logps) - gamma
+    return weights * preference_nll(logits, label_smoothing)  # equation 3
 
 
 def dpo_loss(
@@ -835,7 +837,6 @@ def main(args: Args) -> None:
     groups, held_out = split_prompts(everything, args)
     steps = plan_steps(len(groups), args)
     mean_gap = set_weights(groups, args, None)
-    set_weights(held_out, args, mean_gap)
     for step in steps if args.loss == "spa" and args.gap_mean == "batch" else []:
         gaps = [gap for g in step for *_, gap in groups[g]["pairs"]]
         check(sum(gaps) > 0, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")

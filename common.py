@@ -375,17 +375,23 @@ def _parts(output: Path) -> list[Path]:
     return [output, *sorted(output.parent.glob(f".{output.stem}.process*.jsonl"))]
 
 
+def _whole_rows(paths: list[Path]) -> dict[str, dict]:
+    """The rows of those files that exist, by id; a last line without its end does not count."""
+    rows = {}
+    for path in paths:
+        for number, line in read_lines(path) if path.exists() else []:
+            if line.endswith("\n"):
+                row = parse_json(line, f"{path}, line {number}")
+                rows[row["id"]] = row
+    return rows
+
+
 def done_rows(args, record: dict, output: Path, wanted: int) -> dict[str, dict]:
     """The whole rows that `output` already has, by id, those of all processes; nothing is written.
 
     The record stays complete only if all `wanted` rows are there.
     """
-    done = {}
-    for path in _parts(output) if not args.overwrite else []:
-        for number, line in read_lines(path) if path.exists() else []:
-            if line.endswith("\n"):
-                row = parse_json(line, f"{path}, line {number}")
-                done[row["id"]] = row
+    done = {} if args.overwrite else _whole_rows(_parts(output))
     record["complete"] = record["complete"] and len(done) >= wanted
     return done
 
@@ -429,11 +435,9 @@ def finish_rows(record: dict, output: Path, rows: dict, order: list) -> list | N
             torch.distributed.destroy_process_group()
     if processes()[0] > 0:
         return None
-    while missing := [id for id in order if id not in rows]:  # a process that dies takes this one with it
+    while not rows.keys() >= set(order):  # a process that dies takes this one with it
         time.sleep(0.5)
-        for part in _parts(output)[1:]:
-            lines = [line for _, line in read_lines(part) if line.endswith("\n")]
-            rows |= {row["id"]: row for row in map(json.loads, lines) if row["id"] in missing}
+        rows |= _whole_rows(_parts(output)[1:])
     ordered = [rows[id] for id in order]
     with replace_file(output) as file:
         file.writelines(dump_row(row) for row in ordered)
