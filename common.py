@@ -683,6 +683,9 @@ def encode_prompt(tokenizer, prompt: str, system: str | None = None) -> list[int
 # Generation: every distinct prompt is read once, however many samples it gets.
 
 
+READ_AT_ONCE = 1024  # tokens of a pass of a Reader on a CPU; more would only add padding
+PASS_COST = 64  # of a pass, in tokens: what it takes besides them (smollm2-135m, 2 cores: 0.1 s)
+ROOM = 32  # positions that a Reader keeps free for what follows its rows
 LEAVE_AT = 0.9  # rows that have ended leave once no more than this share of the batch is left: leaving copies
 
 
@@ -704,41 +707,71 @@ def pad_left(rows: list[list[int]], pad_id: int, device):
     return ids, mask
 
 
-def new_cache(config):
+def new_cache(config, windows: bool = True):
     """An empty key-value cache that appends in place.
 
     transformers' own copies all keys and values at every token: with a long prompt and a large batch on a
-    CPU that copy takes most of the time. Sliding-window layers stay as they are.
+    CPU that copy takes most of the time. Sliding windows and recurrent states stay as they are. windows
+    False: sliding windows too keep everything, for rows shorter than the window.
     """
+    import torch
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     class InPlaceLayer(DynamicLayer):
-        room = 64  # positions added when the buffers are full
+        """keys and values (B, heads, T, D) are the filled beginning of two buffers."""
+
         buffers = None
+
+        def extend(self, total: int) -> None:
+            self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
+
+        def reserve(self, room: int, rows=None, spare: int = 0) -> None:
+            """Makes room for so many more positions, and some to spare if that takes new buffers.
+
+            rows: those to go on with (int64, repeats allowed), copied.
+            """
+            past = self.get_seq_length()
+            # rows may have been selected elsewhere since: then keys is no longer a view of the buffer
+            own = self.buffers is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
+            if own and rows is None and past + room <= self.buffers[0].shape[-2]:
+                return
+            kept = (self.keys, self.values)
+            size = len(self.keys) if rows is None else len(rows)
+            # zeros: what is never written is masked, but it must be finite
+            self.buffers = tuple(
+                old.new_zeros((size, old.shape[1], past + room + spare, old.shape[3])) for old in kept
+            )
+            for old, buffer in zip(kept, self.buffers, strict=True):
+                if rows is None:
+                    buffer[:, :, :past] = old
+                else:
+                    torch.index_select(old, 0, rows.to(old.device), out=buffer[:, :, :past])
+            self.extend(past)
 
         def update(self, key_states, value_states, *args, **kwargs):
             """Appends (B, heads, new, D) to what is kept; returns all keys and values (B, heads, T, D)."""
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+                self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             past = self.get_seq_length()
             total = past + key_states.shape[-2]
-            # rows may have been selected or repeated since: then keys is no longer a view of the buffer
-            current = self.buffers is not None and past and self.keys.data_ptr() == self.buffers[0].data_ptr()
-            if not current or total > self.buffers[0].shape[-2]:
-                room = total + self.room
-                self.buffers = tuple(
-                    new.new_empty((*new.shape[:2], room, new.shape[-1])) for new in (key_states, value_states)
-                )
-                if past:
-                    self.buffers[0][:, :, :past], self.buffers[1][:, :, :past] = self.keys, self.values
+            self.reserve(total - past, spare=64)
             self.buffers[0][:, :, past:total], self.buffers[1][:, :, past:total] = key_states, value_states
-            self.keys, self.values = (buffer[:, :, :total] for buffer in self.buffers)
+            self.extend(total)
             return self.keys, self.values
 
     cache = DynamicCache(config=config)
-    cache.layers = [InPlaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    replaced = (DynamicLayer,) if windows else (DynamicLayer, DynamicSlidingWindowLayer)
+    cache.layers = [InPlaceLayer() if type(layer) in replaced else layer for layer in cache.layers]
     return cache
+
+
+def same_layers(cache):
+    """A cache whose layers are copies of those of `cache`, with the same keys and values."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs):
@@ -789,16 +822,6 @@ def speed_up_attention(model) -> None:
         model.set_attn_implementation("grouped_sdpa")
 
 
-def select_rows(cache, rows: list[int]):
-    """A new cache with these rows of `cache`, which stays as it is."""
-    import torch
-
-    branch = copy.copy(cache)
-    branch.layers = [copy.copy(layer) for layer in cache.layers]
-    branch.batch_select_indices(torch.tensor(rows))  # copies
-    return branch
-
-
 def read_tokens(model, cache, mask, ids, last: int = 1):
     """Reads the tokens `ids` (B, T) after what is in `cache`; returns the logits of the last positions.
 
@@ -807,9 +830,190 @@ def read_tokens(model, cache, mask, ids, last: int = 1):
     """
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=last
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=last,
     )
     return output.logits[:, -last:].float()
+
+
+def shared_prefix(rows: list[list[int]]) -> int:
+    """How many tokens at the beginning all rows have in common."""
+    low, high = min(rows), max(rows)  # in sorting order the first and the last differ earliest
+    return next(
+        (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
+    )
+
+
+def even_parts(lengths: list[int], limit: int) -> list[slice]:
+    """Cuts rows into slices of at most `limit` tokens with padding (or one row), as cheaply as can be.
+
+    A slice costs its tokens with padding, and PASS_COST.
+    """
+    best, start = [0.0], [0]  # of the first rows, so many: the least cost, and where its last slice starts
+    for stop in range(1, len(lengths) + 1):
+        width, options = 0, []
+        for first in range(stop - 1, -1, -1):
+            width = max(width, lengths[first])
+            if (stop - first) * width > limit and options:
+                break
+            options.append((best[first] + (stop - first) * width + PASS_COST, first))
+        cost, first = min(options)
+        best.append(cost)
+        start.append(first)
+    parts, stop = [], len(lengths)
+    while stop:
+        parts.append(slice(start[stop], stop))
+        stop = start[stop]
+    return parts[::-1]
+
+
+def even_chunks(lengths: list[int], limit: int) -> list[list[int]]:
+    """Indices of all rows, longest first, in chunks of at most `limit` tokens with padding (or one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[part] for part in even_parts([lengths[i] for i in order], limit)]
+
+
+def branching_length(config) -> int:
+    """How many tokens a row may have at most for its cache to be continued in several ways; 0: it can't be.
+
+    A layer with a recurrent state can neither be padded nor look ahead; a sliding window counts padding.
+    """
+    layers = new_cache(config, windows=False).layers
+    if not layers or not all(hasattr(layer, "reserve") for layer in layers):
+        return 0
+    return min(getattr(layer, "sliding_window", None) or 1 << 30 for layer in new_cache(config).layers)
+
+
+class Reader:
+    """Reads rows of tokens, and looks at what may follow; what rows have in common is read once.
+
+    First what all rows share, then what those of one owner share, then the rest of each, where rows of
+    similar length go together. A model whose cache can't branch (see `branching_length`) gets every row
+    whole, as often as something follows it: slower, with the same result.
+
+    rows: (R,) token lists. owners: (R,) labels; rows of one owner have a long beginning in common. trunk:
+    keeps what all rows share for the next reader of this model. `tokens_read` counts without padding.
+    """
+
+    def __init__(self, model, rows: list[list[int]], owners: list, trunk: dict):
+        import torch
+
+        self.model, self.rest, self.tokens_read = model, rows, 0
+        self.order, self.cache = list(range(len(rows))), None
+        self.limit = READ_AT_ONCE if model.device.type == "cpu" else 16 * READ_AT_ONCE
+        shared = min(shared_prefix(rows), min(map(len, rows)) - 1)
+        in_trunk = shared_prefix([trunk.get("tokens", []), rows[0][:shared]])
+        if 2 * in_trunk >= shared:  # else it is worth a new one
+            shared = in_trunk
+        groups: dict = {}
+        for row, owner in zip(rows, owners, strict=True):
+            groups.setdefault(owner, []).append(row)
+        ends = {
+            owner: min(shared_prefix(own), min(map(len, own)) - 1) if len(own) > 1 else shared
+            for owner, own in groups.items()
+        }
+        rest = [row[ends[owner] :] for row, owner in zip(rows, owners, strict=True)]
+        longest_end, longest_rest = max(ends.values()), max(map(len, rest))
+        if not shared or longest_end + longest_rest + ROOM > branching_length(model.config):
+            return
+        self.mask = torch.ones((1, shared), dtype=torch.long, device=model.device)
+        if shared > in_trunk:
+            trunk.update(tokens=rows[0], cache=new_cache(model.config, windows=False))
+            ids = torch.tensor([rows[0][:shared]], device=model.device)
+            with torch.inference_mode():
+                read_tokens(model, trunk["cache"], self.mask, ids)
+            self.tokens_read += shared
+        trunk["tokens"] = trunk["tokens"][:shared]
+        self.cache, places = trunk["cache"], [0] * len(rows)
+        for layer in self._layers():
+            layer.extend(shared)
+        if longest_end > shared:
+            owned = sorted(groups, key=lambda owner: -ends[owner])
+            places = [owned.index(owner) for owner in owners]
+            self._branch([0] * len(owned), longest_end - shared)
+            self._read([groups[owner][0][shared : ends[owner]] for owner in owned])
+        self.order.sort(key=lambda i: -len(rest[i]))
+        self._branch([places[i] for i in self.order], longest_rest + ROOM)
+        self.rest = rest
+
+    def read(self, more: list[list[int]], ahead: list[int] | None = None):
+        """Appends tokens to each row: the logits after them, and after each of the tokens `ahead`.
+
+        Float32 (R, 1 + len(ahead), V). `ahead` is read in the same pass and not kept.
+        """
+        ahead = ahead or []
+        rows = [row + tokens for row, tokens in zip(self.rest, more, strict=True)]
+        if self.cache is None:
+            self.rest = rows
+            return self._read_whole([row + ahead for row in rows], 1 + len(ahead))
+        self.rest = [[]] * len(rows)
+        return self._read([rows[i] for i in self.order], ahead)[self._places()]
+
+    def look(self, paths: list[list[int]]):
+        """The logits (R, V) after a few tokens that are not kept, one list a row."""
+        if self.cache is None:
+            return self._read_whole([row + path for row, path in zip(self.rest, paths, strict=True)], 1)[:, 0]
+        return self._read([paths[i] for i in self.order], keep=False)[self._places(), 0]
+
+    def _places(self) -> list[int]:
+        return sorted(range(len(self.order)), key=self.order.__getitem__)
+
+    def _branch(self, rows: list[int], room: int) -> None:
+        """Goes on with a cache of these rows; the one before stays as it is."""
+        import torch
+
+        chosen, self.cache = torch.tensor(rows), same_layers(self.cache)
+        self.mask = self.mask[chosen.to(self.mask.device)]
+        for layer in self._layers():
+            layer.reserve(room, chosen)
+
+    def _layers(self, cache=None) -> list:
+        """Those that hold anything: some models share a layer's keys and values with later layers."""
+        return [layer for layer in (cache or self.cache).layers if layer.is_initialized]
+
+    def _read(self, tokens: list[list[int]], ahead: list[int] | None = None, keep: bool = True):
+        """As `read`, of rows in their order in the cache."""
+        import torch
+
+        ahead, past, logits = ahead or [], self.mask.shape[1], []
+        width = max(map(len, tokens)) + len(ahead)
+        after = self.mask.new_zeros((len(tokens), width))
+        for layer in self._layers():
+            layer.reserve(width)
+        with torch.inference_mode():
+            for part in even_parts([len(row) + len(ahead) for row in tokens], self.limit):
+                view = same_layers(self.cache)  # of some rows: what is read through it lands in the whole
+                for layer in self._layers(view):
+                    layer.buffers = tuple(buffer[part] for buffer in layer.buffers)
+                    layer.extend(past)
+                ids, mask = pad_left([row + ahead for row in tokens[part]], 0, self.model.device)
+                seen = torch.cat([self.mask[part], mask], dim=1)
+                logits.append(read_tokens(self.model, view, seen, ids, 1 + len(ahead)))
+                stays = mask.shape[1] - len(ahead)
+                after[part, :stays] = mask[:, :stays]
+            if keep:
+                for layer in self._layers():
+                    layer.extend(past + width)
+                self.mask = torch.cat([self.mask, after], dim=1)
+        self.tokens_read += sum(map(len, tokens)) + len(tokens) * len(ahead)
+        return torch.cat(logits)
+
+    def _read_whole(self, rows: list[list[int]], last: int):
+        """Logits (R, last, V) of rows from their first token on, without a cache."""
+        import torch
+
+        logits = [None] * len(rows)
+        with torch.inference_mode():
+            for chunk in even_chunks([len(row) for row in rows], self.limit):
+                ids, mask = pad_left([rows[i] for i in chunk], 0, self.model.device)
+                for i, values in zip(chunk, read_tokens(self.model, None, mask, ids, last), strict=True):
+                    logits[i] = values
+        self.tokens_read += sum(map(len, rows))
+        return torch.stack(logits)
 
 
 def draw_tokens(logits, uniforms, temperature: float, top_p: float):
@@ -868,7 +1072,7 @@ def generate(
         cache = new_cache(model.config)
         rows = torch.tensor(origin)  # indices stay on the CPU: layers may lie on several devices
         logits = read_tokens(model, cache, mask, ids)[rows, -1]
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)
         mask, going = mask[rows], list(range(len(origin)))  # which completion each row of the batch is
         ended: set[int] = set()
         for step in range(max_new_tokens):
@@ -883,7 +1087,7 @@ def generate(
                 break
             if len(kept) <= LEAVE_AT * len(going):
                 select, going = torch.tensor(kept), [going[place] for place in kept]
-                cache.batch_select_indices(select)
+                cache.reorder_cache(select)
                 mask, tokens, uniforms = mask[select], tokens[select], uniforms[select]
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
             logits = read_tokens(model, cache, mask, tokens[:, None])[:, -1]
@@ -1486,7 +1690,6 @@ Format your response strictly as:
 INSTRUCTION_PART = "### Instruction:\n{instruction}\n\n"
 JUDGE_MAX_NEW_TOKENS = 64  # room for the JSON and a little prose around it
 JSON_RETRIES = 2  # sampled, after the greedy answer
-READ_AT_ONCE = 1024  # tokens of a pass of `read_scores` on a CPU; more would only add padding
 
 
 def load_objectives(primary: str, constitution_file: str | None) -> list[list[str]]:
@@ -1542,14 +1745,6 @@ def parse_scores(text: str, names: list[str]) -> list | None:
     return scores
 
 
-def shared_prefix(rows: list[list[int]]) -> int:
-    """How many tokens at the beginning all rows have in common."""
-    low, high = min(rows), max(rows)  # in sorting order the first and the last differ earliest
-    return next(
-        (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
-    )
-
-
 def score_suffixes(
     tokenizer, before: str, after: str, options: typing.Sequence = tuple(range(1, 11))
 ) -> tuple[list[int], list[list[int]]]:
@@ -1601,16 +1796,6 @@ def path_to_ten(suffixes: list[list[int]]) -> list[int]:
     return suffixes[9][: shared_prefix([suffixes[0], suffixes[9]])]
 
 
-def even_chunks(lengths: list[int], limit: int) -> list[list[int]]:
-    """Indices of all rows, longest first, in chunks of at most `limit` tokens with padding (or one row)."""
-    chunks: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not chunks or (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] > limit:
-            chunks.append([])
-        chunks[-1].append(i)
-    return chunks
-
-
 def read_scores(
     model,
     tokenizer,
@@ -1622,17 +1807,12 @@ def read_scores(
 ) -> tuple[list[list], int]:
     """(the judge's two scores for each tokenized judge prompt, tokens read), without free generation.
 
-    owners: (R,) the instruction that each prompt is about, counted from 0; its tokens are read once. trunk:
-    keeps what all prompts share from one call to the next.
+    owners: (R,) the instruction that each prompt is about; its tokens are read once. trunk: keeps what all
+    prompts share from one call to the next.
 
     The answer's JSON skeleton is given, and only the integers 1 to 10 can stand in it. Greedy: [int, int];
-    expected: [Σ k P(k), Σ k P(k)], where the second is read after the greedy first. The tokens that all
-    prompts share (the constitution) are read once, then those that all of an instruction share, then each
-    prompt's rest, in chunks of similar length, with the skeleton; the second score on the kept cache.
+    expected: [Σ k P(k), Σ k P(k)], where the second is read after the greedy first.
     """
-    import torch
-
-    device = model.device
     head = f'{{\n    "{names[0]}": '
     middle = f',\n    "{names[1]}": '
     first, suffixes = score_suffixes(tokenizer, head, middle)
@@ -1641,77 +1821,35 @@ def read_scores(
         all(tokens[: len(first)] == first for tokens, _ in seconds),
         "this tokenizer merges the judge's JSON across its numbers; use --score_mode json",
     )
-    rows = [prompt + first for prompt in prompts]
-    groups = [
-        [row for row, o in zip(rows, owners, strict=True) if o == owner] for owner in sorted(set(owners))
-    ]
-    shared = min(shared_prefix(rows), min(map(len, rows)) - 1)
-    trunk = {} if trunk is None else trunk
-    kept = trunk.get("tokens", [])
-    if kept and rows[0][:shared][: len(kept)] == kept:
-        shared = len(kept)
-    ends = [min(shared_prefix(group), min(map(len, group)) - 1) for group in groups]
-    tokens_read = 0
+    if not prompts:
+        return [], 0
+    reader = Reader(model, prompts, owners, {} if trunk is None else trunk)
 
-    def read(cache, mask, tokens: list[list[int]], last: int = 1):
-        """Reads a list of tokens a row; (the mask with them, logits (B, last, V))."""
-        nonlocal tokens_read
-        tokens_read += sum(map(len, tokens))
-        ids, new = pad_left(tokens, 0, device)
-        mask = torch.cat([mask, new], dim=1)
-        return mask, read_tokens(model, cache, mask, ids, last)
-
-    def read_number(cache, mask, tokens: list[list[int]], kinds: list[list[list[int]]]):
-        """Reads tokens, then a number after them: (mask, greedy choices, values). kinds: suffixes by row."""
+    def read_number(tokens: list[list[int]], kinds: list[list[list[int]]]):
+        """Reads tokens, then a number after them: (greedy choices, values). kinds: suffixes by row."""
         distinct = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-        ahead = path_to_ten(distinct[0]) if len(distinct) == 1 else []  # in the same pass, then passed over
-        mask, logits = read(cache, mask, [row + ahead for row in tokens], 1 + len(ahead))
+        ahead = path_to_ten(distinct[0]) if len(distinct) == 1 else []
+        logits = reader.read(tokens, ahead)
         known = {tuple(ahead[:i]): logits[:, i] for i in range(1 + len(ahead))}
 
-        def pass_over(mask, number: int):
-            return torch.cat([mask[:, : mask.shape[1] - number], mask.new_zeros((len(mask), number))], dim=1)
-
         def look(path: list[int]):
-            nonlocal mask
             if tuple(path) not in known:
-                mask, logits = read(cache, mask, [path] * len(tokens))
-                known[tuple(path)], mask = logits[:, -1], pass_over(mask, len(path))
+                known[tuple(path)] = reader.look([path] * len(tokens))
             return known[tuple(path)]
 
-        mask = pass_over(mask, len(ahead))
         choices, values = [0] * len(tokens), [0] * len(tokens)
         for kind in distinct:
             choice, logps = score_logprobs(look, kind)
             for i in (i for i, own in enumerate(kinds) if own == kind):
                 mean = sum(k * math.exp(logp) for k, logp in enumerate(logps[i], 1))
                 choices[i], values[i] = choice[i], round(mean, 6) if expected else choice[i]
-        return mask, choices, values
+        return choices, values
 
-    scores: list[list] = [[] for _ in rows]
-    with torch.inference_mode():
-        if rows[0][:shared] != kept:
-            trunk.update(tokens=rows[0][:shared], cache=new_cache(model.config))
-            read(trunk["cache"], torch.ones((1, 0), dtype=torch.long, device=device), [trunk["tokens"]])
-        cache = select_rows(trunk["cache"], [0] * len(groups))
-        mask = torch.ones((len(groups), shared), dtype=torch.long, device=device)
-        if max(ends) > shared:
-            mask, _ = read(
-                cache, mask, [group[0][shared:end] for group, end in zip(groups, ends, strict=True)]
-            )
-        rest = [row[ends[owner] :] for row, owner in zip(rows, owners, strict=True)]
-        limit = READ_AT_ONCE if device.type == "cpu" else 16 * READ_AT_ONCE
-        for chunk in even_chunks([len(tokens) for tokens in rest], limit):
-            of_chunk = [owners[i] for i in chunk]
-            branch, own = select_rows(cache, of_chunk), mask[of_chunk]
-            own, choices, primary = read_number(
-                branch, own, [rest[i] for i in chunk], [suffixes] * len(chunk)
-            )
-            # after "10" the rest may be tokenized differently than after "1"
-            tokens = [seconds[k - 1][0][len(first) :] for k in choices]
-            *_, secondary = read_number(branch, own, tokens, [seconds[k - 1][1] for k in choices])
-            for i, pair in zip(chunk, zip(primary, secondary, strict=True), strict=True):
-                scores[i] = list(pair)
-    return scores, tokens_read
+    choices, primary = read_number([first] * len(prompts), [suffixes] * len(prompts))
+    # after "10" the rest may be tokenized differently than after "1"
+    tokens = [seconds[k - 1][0][len(first) :] for k in choices]
+    _, secondary = read_number(tokens, [seconds[k - 1][1] for k in choices])
+    return [list(pair) for pair in zip(primary, secondary, strict=True)], reader.tokens_read
 
 
 def judge(

@@ -211,56 +211,39 @@ def letter_tokens(tokenizer, prompt: str, chat: bool) -> tuple[list[int], list[l
     return start + rows[0][:stem], [row[stem:] for row in rows]
 
 
-def read_letters(model, cache, known: int, stems: list[list[int]], rests: list[list[list[int]]]):
-    """log P of the letters A to D after each stem, float (B, 4) as lists.
+def read_letters(reader: common.Reader, rests: list[list[list[int]]]):
+    """log P of the letters A to D after each of the reader's rows, float (B, 4) as lists.
 
-    stems: (B,) token lists, whose first `known` tokens are in `cache` (of one row, left as it is); rests:
-    (B, 4) token lists, of mostly one token each.
+    rests: (B, 4) token lists, of mostly one token each.
     """
     import torch
 
-    size, device = len(stems), model.device
-    cache = common.select_rows(cache, [0] * size)
-    ids, mask = common.pad_left([stem[known:] for stem in stems], 0, device)
-    mask = torch.cat([torch.ones((size, known), dtype=torch.long, device=device), mask], dim=1)
-    after_stem = torch.log_softmax(common.read_tokens(model, cache, mask, ids)[:, -1], dim=-1).cpu()
-
-    def look(paths: list[list[int]]):
-        branch = common.select_rows(cache, list(range(size)))  # what is looked at isn't kept
-        ahead, new = common.pad_left(paths, 0, device)
-        logits = common.read_tokens(model, branch, torch.cat([mask, new], dim=1), ahead)
-        return torch.log_softmax(logits[:, -1], dim=-1).cpu()
-
-    sums = [[0.0] * 4 for _ in stems]
+    after = torch.log_softmax(reader.read([[]] * len(rests))[:, 0], dim=-1).cpu()
+    sums = [[0.0] * 4 for _ in rests]
     for step in range(max(len(rest) for four in rests for rest in four)):
         for letter in range(4):
-            logprobs = look([four[letter][:step] for four in rests]) if step else after_stem
+            logprobs = after
+            if step:
+                paths = [four[letter][:step] for four in rests]
+                logprobs = torch.log_softmax(reader.look(paths), dim=-1).cpu()
             for i, four in enumerate(rests):
                 if step < len(four[letter]):
                     sums[i][letter] += float(logprobs[i, four[letter][step]])
     return sums
 
 
-def letter_reader(backend: common.LocalModel, rows: list[dict]):
-    """A function from some of `rows`, all of one subject, to their answers by log-probability.
+def letter_reader(backend: common.LocalModel):
+    """A function from rows of one subject to their answers by log-probability.
 
-    What all prompts of the rows share (the subject's header and shots) is read here, once.
+    What the prompts of a subject share (its header and shots) is read once.
     """
-    import torch
-
-    stems = [row["tokens"][0] for row in rows]
-    known = min(common.shared_prefix(stems), min(map(len, stems)) - 1)
-    cache = common.new_cache(backend.model.config)
-    ids, mask = common.pad_left([stems[0][:known]], 0, backend.model.device)
-    with torch.inference_mode():
-        common.read_tokens(backend.model, cache, mask, ids)
-    backend.count(known, 0)
+    trunk: dict = {}
 
     def read(batch: list[dict]) -> list[dict]:
         stems, rests = zip(*(row["tokens"] for row in batch), strict=True)
-        with torch.inference_mode():
-            logprobs = read_letters(backend.model, cache, known, stems, rests)
-        backend.count(sum(len(stem) - known for stem in stems), 0)
+        reader = common.Reader(backend.model, list(stems), [0] * len(stems), trunk)
+        logprobs = read_letters(reader, rests)
+        backend.count(reader.tokens_read, 0)
         finite = all(math.isfinite(value) for four in logprobs for value in four)
         check(finite, f"'{backend.name}' gives no finite probabilities; try --dtype float32")
         return [
@@ -271,7 +254,7 @@ def letter_reader(backend: common.LocalModel, rows: list[dict]):
     return read
 
 
-def text_reader(backend: common.LocalModel, rows: list[dict]):
+def text_reader(backend: common.LocalModel):
     """As `letter_reader`, from greedy answers under the chat template."""
 
     def read(batch: list[dict]) -> list[dict]:
@@ -282,7 +265,7 @@ def text_reader(backend: common.LocalModel, rows: list[dict]):
     return read
 
 
-def nothing_to_read(backend: common.LocalModel, rows: list[dict]):
+def nothing_to_read(backend: common.LocalModel):
     """As `letter_reader`, for rows that exceed the context even without a shot."""
     return lambda batch: [{"predicted": None}] * len(batch)
 
@@ -331,7 +314,7 @@ def answer_questions(args: Args, backend, name: str, rows: list[dict], done: dic
         for (too_long, *_), group in longest_first:
             if all(row["key"] in done for row in group):
                 continue
-            read = (nothing_to_read if too_long else usual)(backend, group)
+            read = (nothing_to_read if too_long else usual)(backend)
             lengths = [row["length"] for row in group]
             for batch in common.plan_batches(lengths, [1] * len(group), args.batch_size):
                 chosen = [group[i] for i in batch]

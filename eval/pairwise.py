@@ -83,32 +83,16 @@ def parse_verdict(text: str) -> int | None:
 
 def read_verdicts(backend: common.LocalModel, texts: list[str]) -> list[int]:
     """The option that the model finds likeliest inside the given JSON, of each question."""
-    import torch
-
     model, tokenizer = backend.model, backend.tokenizer
     first, suffixes = common.score_suffixes(tokenizer, '{"better": "', '"}', OPTIONS)
     rows = [common.encode_prompt(tokenizer, text) + first for text in texts]
-    verdicts = [0] * len(rows)
-    limit = common.READ_AT_ONCE * (1 if model.device.type == "cpu" else 16)
-    for chunk in common.even_chunks([len(row) for row in rows], limit):
-        ids, mask = common.pad_left([rows[i] for i in chunk], 0, model.device)
-        with torch.inference_mode():
-            cache = common.new_cache(model.config)
-            logits = common.read_tokens(model, cache, mask, ids)[:, -1]
-
-            def look(path: list[int], cache=cache, mask=mask, logits=logits):
-                if not path:
-                    return logits
-                branch = common.select_rows(cache, list(range(len(mask))))  # what is looked at isn't kept
-                ahead = torch.tensor([path] * len(mask), device=model.device)
-                longer = torch.cat([mask, torch.ones_like(ahead)], dim=1)
-                return common.read_tokens(model, branch, longer, ahead)[:, -1]
-
-            choices, _ = common.score_logprobs(look, suffixes)
-        backend.count(int(mask.sum()), 0)
-        for i, choice in zip(chunk, choices, strict=True):
-            verdicts[i] = choice - 1
-    return verdicts
+    reader = common.Reader(model, rows, list(range(len(rows))), {})
+    logits = reader.read([[]] * len(rows))[:, 0]
+    choices, _ = common.score_logprobs(
+        lambda path: reader.look([path] * len(rows)) if path else logits, suffixes
+    )
+    backend.count(reader.tokens_read, 0)
+    return [choice - 1 for choice in choices]
 
 
 def ask_verdicts(backend: common.Backend, texts: list[str], seeds: list[int]) -> list[int | None]:

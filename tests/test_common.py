@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ import torch
 import transformers
 from conftest import local, make_model, make_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -627,3 +629,102 @@ def test_constrained_scores_are_those_of_a_model_that_writes_its_json():
     assert common.judge(judge, items, OBJECTIVES, score_mode="constrained", **options) == free
     expected = common.judge(judge, items, OBJECTIVES, score_mode="expected", **options)
     assert np.array(expected) == pytest.approx(np.array(free), abs=0.3)
+
+
+# what a model's layers keep of what they read, beside plain keys and values; sizes as small as they go
+LAYERS = {
+    "mistral": {"sliding_window": 4096},  # longer than any row: as good as none
+    "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_windows_and_recurrent_layers_are_read_and_sampled_as_they_should(kind, tiny):
+    """Scores, and greedy answers of padded prompts, are those of full passes without padding."""
+    tokenizer = make_tokenizer("plain")
+    sizes = make_model(len(tokenizer)).config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
+    config = AutoConfig.for_model(kind, **{name: sizes[name] for name in names}, head_dim=8, **LAYERS[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.3)
+    assert (common.branching_length(config) > 1000) == (kind == "mistral")
+    items = [("Hi", "Hello."), ("What is it?", "It is harmful to say so, and " * 4), ("Hi", "No 10.")]
+    texts = [common.judge_prompt(OBJECTIVES, *item, True) for item in items]
+    rows = [common.encode_prompt(tokenizer, text) for text in texts]
+    options = {"with_instruction": True, "seeds": [0] * 3, "score_mode": "expected"}
+    found = common.judge(local(model, tokenizer), items, OBJECTIVES, **options)
+    for row, pair in zip(rows, found, strict=True):
+        assert pair == pytest.approx(whole_string_scores(model, tokenizer, row, NAMES)[1], abs=1e-4)
+    prompts, seeds = [[5, 6, 7], list(range(9, 60)), [8]], [0, 1, 2]
+    groups = common.generate(model, tokenizer, prompts, [2, 1, 3], seeds, temperature=0, max_new_tokens=12)
+    for prompt, group in zip(prompts, groups, strict=True):
+        written = []
+        while len(written) < 12 and 3 not in written:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + written]), use_cache=False).logits
+            written.append(int(logits[0, -1].argmax()))
+        assert set(group) == {common.to_completion(tokenizer, written, [3])}
+
+
+def test_a_reader_looks_reads_on_and_keeps_its_trunk():
+    """Logits of full passes, whatever rows share, in whatever order they come, whatever was looked at."""
+    model, rng = make_model(300), np.random.default_rng(0)
+    trunk, kept = {}, None
+    for turn in range(12):
+        start = list(range(20, 40))
+        owners = rng.integers(0, 3, size=rng.integers(1, 7)).tolist()
+        parts = [rng.integers(5, 300, size=size).tolist() for size in rng.integers(0, 9, size=3)]
+        rows = [
+            start + parts[owner] + rng.integers(5, 300, size=rng.integers(1, 30)).tolist() for owner in owners
+        ]
+        reader = common.Reader(model, rows, owners, trunk)
+        for _ in range(2):
+            more = [[*rng.integers(5, 300, size=rng.integers(0, 40)).tolist(), 7] for _ in rows]
+            paths = [rng.integers(5, 300, size=rng.integers(1, 4)).tolist() for _ in rows]
+            ahead = [9, 11][: rng.integers(0, 3)]
+            logits, rows = reader.read(more, ahead), [row + new for row, new in zip(rows, more, strict=True)]
+            looked = reader.look(paths)
+            with torch.no_grad():
+                for i, row in enumerate(rows):
+                    plain = model(torch.tensor([row + ahead])).logits[0, -1 - len(ahead) :]
+                    torch.testing.assert_close(logits[i], plain, atol=2e-5, rtol=1e-4)
+                    plain = model(torch.tensor([row + paths[i]])).logits[0, -1]
+                    torch.testing.assert_close(looked[i], plain, atol=2e-5, rtol=1e-4)
+        if turn and len(kept) == 20:
+            assert trunk["tokens"] == kept, "what all rows share was read once for all turns"
+        kept = trunk["tokens"]
+    assert kept == list(range(20, 40))
+    fewer = common.Reader(model, [list(range(50, 70))] * 2, [0, 0], trunk)
+    assert trunk["tokens"] == list(range(50, 69)), "other rows: another trunk"
+    assert fewer.tokens_read == 19
+
+
+@pytest.mark.parametrize(("lengths", "limit"), [([9, 9, 1, 1], 999), ([500, 499, 2, 2], 999), ([3], 1)])
+def test_rows_are_cut_where_it_costs_least(lengths, limit):
+    """Against all ways to cut; every row is in one slice, and no slice but of one row exceeds the limit."""
+
+    def cost(parts):
+        sizes = [(part.stop - part.start) * max(lengths[part]) for part in parts]
+        fits = all(
+            size <= limit or part.stop == part.start + 1 for size, part in zip(sizes, parts, strict=True)
+        )
+        return sum(sizes) + common.PASS_COST * len(parts) if fits else math.inf
+
+    ways = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        edges = [0, *(i for i, cut in enumerate(cuts, 1) if cut), len(lengths)]
+        ways.append([slice(a, b) for a, b in itertools.pairwise(edges)])
+    assert cost(common.even_parts(lengths, limit)) == min(map(cost, ways))
