@@ -8,6 +8,9 @@ forward     bare forward passes, in rows of 512, over as many tokens as are dist
 writes  nothing but what it prints: responses/s of each turn, medians and ratios, and how often
         `constrained` agrees with `json` where that can be read
 run     python bench/score.py
+        python bench/score.py --teach 40 --responses 40 --repeats 1
+            for the agreement: a model that writes no JSON by itself (smollm2-135m) is taught to, on other
+            responses, with their length as the score
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class Args:
     batch_size: int = arg(72, "stage 2's")
     repeats: int = arg(3, "turns of each; the medians count")
     slow_repeats: int = arg(1, "turns of `json`, which takes long")
+    teach: int = arg(0, "training steps of four judge prompts, before all else")
     threads: int = arg(2, "threads of torch on a CPU")
 
 
@@ -44,6 +48,32 @@ def distinct_tokens(rows: list[list[int]]) -> int:
     rows = sorted(rows)
     shared = [common.shared_prefix([a, b]) for a, b in itertools.pairwise(rows)]
     return sum(map(len, rows)) - sum(shared)
+
+
+def teach(model, tokenizer, objectives, names: list[str], items: list[tuple[str, str]]) -> None:
+    """Fine-tunes a model in place to write the judge's JSON, four items a step; scores follow the length."""
+    import torch
+
+    end = common.end_token_ids(tokenizer, model)[-1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    for start in range(0, len(items), 4):
+        rows, answers = [], []
+        for prompt, response in items[start : start + 4]:
+            first = min(10, 1 + len(response.split()) // 6)
+            text = f'{{\n    "{names[0]}": {first},\n    "{names[1]}": {11 - first}\n}}'
+            answers.append([*tokenizer(text, add_special_tokens=False).input_ids, end])
+            judge_prompt = common.judge_prompt(objectives, prompt, response, True)
+            rows.append(common.encode_prompt(tokenizer, judge_prompt) + answers[-1])
+        ids, mask = common.pad_left(rows, end, model.device)
+        labels = torch.full_like(ids, -100)
+        for i, answer in enumerate(answers):
+            labels[i, -len(answer) :] = ids[i, -len(answer) :]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        loss = model(ids, attention_mask=mask, position_ids=positions, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        print(f"  teaching, step {start // 4 + 1}: loss {loss.item():.3f}", flush=True)
 
 
 def main(args: Args) -> None:
@@ -59,10 +89,14 @@ def main(args: Args) -> None:
     lines = common.read_lines(ROOT / "data" / "high_stakes.jsonl")
     prompts = [json.loads(line)["prompt"] for _, line in lines][: -(-args.responses // 4)]
     words = " ".join(prompts).split()
-    items = []
-    for prompt in prompts:
-        items += [(prompt, " ".join(rng.choices(words, k=rng.randint(5, args.words)))) for _ in range(4)]
-    items = items[: args.responses]
+
+    def draw(prompt: str) -> tuple[str, str]:
+        return prompt, " ".join(rng.choices(words, k=rng.randint(5, args.words)))
+
+    items = [draw(prompt) for prompt in prompts for _ in range(4)][: args.responses]
+    if args.teach:
+        lesson = [draw(rng.choice(prompts)) for _ in range(4 * args.teach)]
+        teach(model, tokenizer, objectives, names, lesson)
     texts = [common.judge_prompt(objectives, *item, True) for item in items]
     rows = [common.encode_prompt(tokenizer, text) for text in texts]
     skeleton = f'{{\n    "{names[0]}": 5,\n    "{names[1]}": '
@@ -122,14 +156,17 @@ def main(args: Args) -> None:
     print(f"{args.model}, {len(items)} responses, judge prompts of {total} tokens")
     print(f"distinct tokens: {of_prompts} in the prompts, {distinct} with the JSON around the scores")
     for name, values in seconds.items():
+        if not values:
+            continue
         median = statistics.median(values)
         print(f"  {name:<10}{median:>8.1f} s (median of {len(values)}), {median / ours:.2f} times stage 2")
-    read = [i for i, pair in enumerate(results["json"]) if pair is not None]
+    free = results.get("json", [])
+    read = [i for i, pair in enumerate(free) if pair is not None]
     scored = sum(pair is not None for pair in results["stage 2"])
     print(f"  read: stage 2 {scored}, json {len(read)} of {len(items)}")
     if read:
         constrained = judge("constrained")
-        same = sum(constrained[i] == results["json"][i] for i in read)
+        same = sum(constrained[i] == free[i] for i in read)
         print(f"  constrained equals json in {same} of these {len(read)}")
 
 

@@ -27,7 +27,7 @@ def test_train_against_trl(tiny):
 
 
 def test_score(tiny):
-    options = ("--responses", 10, "--words", 12, "--repeats", 1)
+    options = ("--responses", 10, "--words", 12, "--repeats", 1, "--teach", 1)
     done = run_script("bench/score.py", "--model", tiny(), *options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "read: stage 2 10, json 0 of 10" in done.stdout
