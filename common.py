@@ -896,19 +896,19 @@ class Reader:
     whole, as often as something follows it: slower, with the same result.
 
     rows: (R,) token lists. owners: (R,) labels; rows of one owner have a long beginning in common. trunk:
-    keeps what all rows share for the next reader of this model. `tokens_read` counts without padding.
+    {"tokens": with which all rows of several readers begin}, where the first of them leaves its cache; None:
+    these rows are alone. `tokens_read` counts without padding.
     """
 
-    def __init__(self, model, rows: list[list[int]], owners: list, trunk: dict):
+    def __init__(self, model, rows: list[list[int]], owners: list, trunk: dict | None = None):
         import torch
 
         self.model, self.rest, self.tokens_read = model, rows, 0
         self.order, self.cache = list(range(len(rows))), None
         self.limit = READ_AT_ONCE if model.device.type == "cpu" else 16 * READ_AT_ONCE
-        shared = min(shared_prefix(rows), min(map(len, rows)) - 1)
-        in_trunk = shared_prefix([trunk.get("tokens", []), rows[0][:shared]])
-        if 2 * in_trunk >= shared:  # else it is worth a new one
-            shared = in_trunk
+        if trunk is None:
+            trunk = {"tokens": rows[0][: shared_prefix(rows)]}
+        shared = min(shared_prefix([*rows, trunk["tokens"]]), min(map(len, rows)) - 1)
         groups: dict = {}
         for row, owner in zip(rows, owners, strict=True):
             groups.setdefault(owner, []).append(row)
@@ -920,15 +920,14 @@ class Reader:
         longest_end, longest_rest = max(ends.values()), max(map(len, rest))
         if not shared or longest_end + longest_rest + ROOM > branching_length(model.config):
             return
-        self.mask = torch.ones((1, shared), dtype=torch.long, device=model.device)
-        if shared > in_trunk:
-            trunk.update(tokens=rows[0], cache=new_cache(model.config, windows=False))
-            ids = torch.tensor([rows[0][:shared]], device=model.device)
+        if "cache" not in trunk:
+            trunk["cache"] = new_cache(model.config, windows=False)
+            ids, mask = pad_left([trunk["tokens"]], 0, model.device)
             with torch.inference_mode():
-                read_tokens(model, trunk["cache"], self.mask, ids)
-            self.tokens_read += shared
-        trunk["tokens"] = trunk["tokens"][:shared]
-        self.cache, places = trunk["cache"], [0] * len(rows)
+                read_tokens(model, trunk["cache"], mask, ids)
+            self.tokens_read += len(trunk["tokens"])
+        self.cache, places = same_layers(trunk["cache"]), [0] * len(rows)
+        self.mask = torch.ones((1, shared), dtype=torch.long, device=model.device)
         for layer in self._layers():
             layer.extend(shared)
         if longest_end > shared:
@@ -1284,17 +1283,45 @@ class LocalModel(Backend):
             return []
         prompts = [encode_prompt(self.tokenizer, request.prompt, request.system) for request in requests]
         options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": top_p}
-        counts, seeds = [r.count for r in requests], [r.seed for r in requests]
-        decode = generate_continuously if self.continuous else generate
+        return self.decode(prompts, [r.count for r in requests], [r.seed for r in requests], **options)
+
+    def decode(self, prompts: list[list[int]], counts: list[int], seeds: list[int], **options):
+        """As `generate`, of tokenized prompts; by `generate_continuously` for as long as that works."""
+        groups: list = []
         with self.busy:
-            groups = decode(self.model, self.tokenizer, prompts, counts, seeds, **options)
+            if self.continuous:
+                try:
+                    groups = generate_continuously(
+                        self.model, self.tokenizer, prompts, counts, seeds, **options
+                    )
+                except Exception as error:  # plain decoding is at hand, and loses nothing
+                    self.continuous = False
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    warn(f"continuous batching failed ({reason}); plain decoding takes over")
+            if not groups:
+                groups = [[]] * len(prompts)
+                for batch in plan_batches(list(map(len, prompts)), counts, self.batch_size):
+                    of_batch = ([values[i] for i in batch] for values in (prompts, counts, seeds))
+                    found = generate(self.model, self.tokenizer, *of_batch, **options)
+                    for i, group in zip(batch, found, strict=True):
+                        groups[i] = group
         written = sum(completion.tokens for group in groups for completion in group)
         self.count(sum(map(len, prompts)), written)
         return groups
 
-    def score(self, texts: list[str], owners: list[int], names: list[str], expected: bool) -> list[list]:
-        """The two scores that follow each judge prompt; see `read_scores`."""
+    def score(
+        self, texts: list[str], owners: list[int], names: list[str], expected: bool, alike: list[str]
+    ) -> list[list]:
+        """The two scores that follow each judge prompt; see `read_scores`.
+
+        alike: two judge prompts that have in common what all have, and no more. It is read once, and always
+        the same, so that a score does not depend (by a rounding) on what was scored before.
+        """
         prompts, scores = [encode_prompt(self.tokenizer, text) for text in texts], []
+        first, second = (encode_prompt(self.tokenizer, text) for text in alike)
+        shared = first[: shared_prefix([first, second])]
+        if self.trunk.get("tokens") != shared:
+            self.trunk = {"tokens": shared}
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)
             numbers: dict[int, int] = {}  # owners count from 0 in each call
@@ -1807,8 +1834,7 @@ def read_scores(
 ) -> tuple[list[list], int]:
     """(the judge's two scores for each tokenized judge prompt, tokens read), without free generation.
 
-    owners: (R,) the instruction that each prompt is about; its tokens are read once. trunk: keeps what all
-    prompts share from one call to the next.
+    owners: (R,) the instruction that each prompt is about; its tokens are read once. trunk: see `Reader`.
 
     The answer's JSON skeleton is given, and only the integers 1 to 10 can stand in it. Greedy: [int, int];
     expected: [Σ k P(k), Σ k P(k)], where the second is read after the greedy first.
@@ -1823,7 +1849,7 @@ def read_scores(
     )
     if not prompts:
         return [], 0
-    reader = Reader(model, prompts, owners, {} if trunk is None else trunk)
+    reader = Reader(model, prompts, owners, trunk)
 
     def read_number(tokens: list[list[int]], kinds: list[list[list[int]]]):
         """Reads tokens, then a number after them: (greedy choices, values). kinds: suffixes by row."""
@@ -1876,7 +1902,9 @@ def judge(
     if score_mode != "json":
         numbers: dict[str, int] = {}
         owners = [numbers.setdefault(items[i][0], len(numbers)) for i in todo]
-        read = backend.score([texts[i] for i in todo], owners, names, expected=score_mode == "expected")
+        alike = [judge_prompt(objectives, text, text, with_instruction, template) for text in ("A", "B")]
+        expected = score_mode == "expected"
+        read = backend.score([texts[i] for i in todo], owners, names, expected, alike)
         for i, pair in zip(todo, read, strict=True):
             scores[i] = pair
         return scores

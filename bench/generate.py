@@ -1,6 +1,6 @@
 """Stage 1's sampling against transformers' generate: the same model, prompts and settings, in one run.
 
-    stage 1     common.generate in the batches of 01_sample.py: longest first, each prompt read once
+    stage 1     as 01_sample.py has it: longest first, each prompt read once (a GPU: continuous batching)
     batches     generate, 8 sequences at a time in file order
     one by one  generate, one prompt at a time with num_return_sequences
 
@@ -70,7 +70,7 @@ def main(args: Args) -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    backend = common.LocalModel(args.model)
+    backend = common.LocalModel(args.model, continuous=True, batch_size=args.batch_size)
     backend.open()
     tokenizer, model = backend.tokenizer, backend.model
     lines = common.read_lines(ROOT / "data" / "high_stakes.jsonl")
@@ -78,22 +78,14 @@ def main(args: Args) -> None:
     encoded = [common.encode_prompt(tokenizer, prompt) for prompt in prompts]
 
     def stage() -> int:
-        useful = 0
+        before = backend.tokens_out
         common.speed_up_attention(model)
         counts = [args.n] * len(encoded)
-        for batch in common.plan_batches([len(ids) for ids in encoded], counts, args.batch_size):
-            completions = common.generate(
-                model,
-                tokenizer,
-                [encoded[i] for i in batch],
-                [args.n] * len(batch),
-                batch,
-                temperature=args.temperature,
-                max_new_tokens=args.max_new_tokens,
-            )
-            useful += sum(completion.tokens for group in completions for completion in group)
+        options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+        for batch in common.plan_batches([len(ids) for ids in encoded], counts, backend.sequences()):
+            backend.decode([encoded[i] for i in batch], [args.n] * len(batch), batch, **options)
         model.set_attn_implementation("sdpa")  # the others have transformers' own
-        return useful
+        return backend.tokens_out - before
 
     def batches() -> int:
         rows = [ids for ids in encoded for _ in range(args.n)]

@@ -232,12 +232,13 @@ def read_letters(reader: common.Reader, rests: list[list[list[int]]]):
     return sums
 
 
-def letter_reader(backend: common.LocalModel):
-    """A function from rows of one subject to their answers by log-probability.
+def letter_reader(backend: common.LocalModel, rows: list[dict]):
+    """A function from some of `rows`, all of one subject, to their answers by log-probability.
 
-    What the prompts of a subject share (its header and shots) is read once.
+    What all prompts of the rows share (the subject's header and shots) is read once.
     """
-    trunk: dict = {}
+    stems = [row["tokens"][0] for row in rows]
+    trunk = {"tokens": stems[0][: common.shared_prefix(stems)]}
 
     def read(batch: list[dict]) -> list[dict]:
         stems, rests = zip(*(row["tokens"] for row in batch), strict=True)
@@ -254,7 +255,7 @@ def letter_reader(backend: common.LocalModel):
     return read
 
 
-def text_reader(backend: common.LocalModel):
+def text_reader(backend: common.LocalModel, rows: list[dict]):
     """As `letter_reader`, from greedy answers under the chat template."""
 
     def read(batch: list[dict]) -> list[dict]:
@@ -265,7 +266,7 @@ def text_reader(backend: common.LocalModel):
     return read
 
 
-def nothing_to_read(backend: common.LocalModel):
+def nothing_to_read(backend: common.LocalModel, rows: list[dict]):
     """As `letter_reader`, for rows that exceed the context even without a shot."""
     return lambda batch: [{"predicted": None}] * len(batch)
 
@@ -314,7 +315,7 @@ def answer_questions(args: Args, backend, name: str, rows: list[dict], done: dic
         for (too_long, *_), group in longest_first:
             if all(row["key"] in done for row in group):
                 continue
-            read = (nothing_to_read if too_long else usual)(backend)
+            read = (nothing_to_read if too_long else usual)(backend, group)
             lengths = [row["length"] for row in group]
             for batch in common.plan_batches(lengths, [1] * len(group), args.batch_size):
                 chosen = [group[i] for i in batch]

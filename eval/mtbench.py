@@ -198,14 +198,11 @@ def write_turn(
     backend: common.LocalModel, prompts: list[list[int]], seeds: list[int], temperature: float, longest: int
 ) -> list[common.Completion]:
     """An answer to each tokenized conversation, of at most `longest` tokens and within the context."""
-    decode = common.generate_continuously if backend.continuous else common.generate
     rooms = [max(0, min(longest, backend.context - len(prompt))) for prompt in prompts]
     answers = [common.Completion("", 0, True)] * len(prompts)  # what it is where no room is left
     for room in sorted(set(rooms) - {0}):
         places = [i for i, found in enumerate(rooms) if found == room]
-        groups = decode(
-            backend.model,
-            backend.tokenizer,
+        groups = backend.decode(
             [prompts[i] for i in places],
             [1] * len(places),
             [seeds[i] for i in places],
@@ -214,7 +211,6 @@ def write_turn(
         )
         for i, (answer,) in zip(places, groups, strict=True):
             answers[i] = answer
-            backend.count(len(prompts[i]), answer.tokens)
     return answers
 
 

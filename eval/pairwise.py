@@ -83,10 +83,12 @@ def parse_verdict(text: str) -> int | None:
 
 def read_verdicts(backend: common.LocalModel, texts: list[str]) -> list[int]:
     """The option that the model finds likeliest inside the given JSON, of each question."""
-    model, tokenizer = backend.model, backend.tokenizer
+    if not texts:
+        return []
+    tokenizer = backend.tokenizer
     first, suffixes = common.score_suffixes(tokenizer, '{"better": "', '"}', OPTIONS)
     rows = [common.encode_prompt(tokenizer, text) + first for text in texts]
-    reader = common.Reader(model, rows, list(range(len(rows))), {})
+    reader = common.Reader(backend.model, rows, list(range(len(rows))))
     logits = reader.read([[]] * len(rows))[:, 0]
     choices, _ = common.score_logprobs(
         lambda path: reader.look([path] * len(rows)) if path else logits, suffixes

@@ -2,13 +2,15 @@
 # Every evaluation script on one finished run, by default the quickstart's (minutes on two CPU cores):
 #   bash recipes/evaluate.sh                       RUN=runs/llama_saferlhf bash recipes/evaluate.sh
 # BASE and TRAINED are scored test answers of the model before and after. MMLU and MT-Bench run where MMLU (a
-# folder of its layout, or cais/mmlu) and MTBENCH (FastChat's question file; REFERENCES: its answers) are set.
+# folder of its layout, or cais/mmlu) and MTBENCH (FastChat's question file; REFERENCES: its answers) are set,
+# cut short for a CPU: MMLU_LIMIT=9999 MTBENCH_LIMIT=10 ANSWER_TOKENS=1024 JUDGE_TOKENS=2048 is all of them.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 RUN=${RUN:-runs/quickstart}
 BASE=${BASE:-$RUN/test_base}
 TRAINED=${TRAINED:-$RUN/test_trained}
 OUT=${OUT:-$RUN/eval}
+MODEL=${MODEL:-smollm2-135m} # the model before
 JUDGE=${JUDGE:-} # another judge of the run's responses; without one, the same model reading integers
 SYSTEMS="Vanilla=$BASE SPA=$TRAINED"
 SAME="--output_dir $OUT"
@@ -23,12 +25,14 @@ python 02_score.py --run_dir "$OUT/judged" --score_mode constrained ${JUDGE:+--j
 python eval/rv.py --weak "self=$RUN" --strong "judge=$OUT/judged" $SAME
 python eval/reliability.py --runs "self=$RUN" --others "judge=$OUT/judged" $SAME
 
+MODELS="Vanilla=$MODEL SPA=$RUN/06_model"
 if [ -n "${MMLU:-}" ]; then
-  python eval/mmlu.py --models Vanilla=smollm2-135m "SPA=$RUN/06_model" --data "$MMLU" --limit "${LIMIT:-20}" $SAME
+  python eval/mmlu.py --models $MODELS --data "$MMLU" --limit "${MMLU_LIMIT:-2}" $SAME
 fi
 if [ -n "${MTBENCH:-}" ]; then
-  python eval/mtbench.py --models Vanilla=smollm2-135m "SPA=$RUN/06_model" --questions "$MTBENCH" \
-    ${REFERENCES:+--references "$REFERENCES"} --judge_model "${JUDGE:-smollm2-135m}" --limit "${LIMIT:-1}" $SAME
+  python eval/mtbench.py --models $MODELS --questions "$MTBENCH" ${REFERENCES:+--references "$REFERENCES"} \
+    --judge_model "${JUDGE:-$MODEL}" --limit "${MTBENCH_LIMIT:-1}" \
+    --max_new_tokens "${ANSWER_TOKENS:-128}" --judge_max_new_tokens "${JUDGE_TOKENS:-128}" $SAME
 fi
 python eval/annotate.py --runs $SYSTEMS $SAME
 python eval/report.py --run_dir "$RUN"

@@ -546,6 +546,30 @@ def test_continuous_batching_that_does_not_work_is_not_used(continuous, capsys, 
     assert err.count("continuous batching is not used") == 1 and len(err.strip().splitlines()) == 1, err
 
 
+def test_continuous_batching_that_fails_on_the_way_loses_nothing(tiny, capsys, monkeypatch):
+    """Plain decoding takes over, in batches of the usual size; the answers are those of plain decoding."""
+
+    def fail(*args, **options):
+        raise RuntimeError("out of blocks\nlong story")
+
+    backend, asked, generate = local(*load(tiny())), [], common.generate
+    monkeypatch.setattr(common, "generate_continuously", fail)
+    monkeypatch.setattr(
+        common, "generate", lambda *a, **options: asked.append(sum(a[3])) or generate(*a, **options)
+    )
+    requests = [common.Request("So " * length, None, 2, length) for length in (3, 9, 1, 4, 7)]
+    options = {"temperature": 1.0, "max_new_tokens": 6}
+    plain = backend.complete(requests, **options)
+    backend.continuous, backend.batch_size = True, 4
+    assert backend.complete(requests, **options) == plain and not backend.continuous
+    assert backend.complete(requests, **options) == plain
+    assert asked == [10, 4, 4, 2, 4, 4, 2]
+    error = capsys.readouterr().err
+    assert (
+        error.count("continuous batching failed (RuntimeError: out of blocks)") == 1 and "story" not in error
+    )
+
+
 def test_attention_without_copies_is_attention(tiny):
     """Hidden states and logits with and without it, padded rows, a cache, and without a mask."""
     model, _ = load(tiny())
@@ -682,15 +706,18 @@ def test_windows_and_recurrent_layers_are_read_and_sampled_as_they_should(kind, 
 def test_a_reader_looks_reads_on_and_keeps_its_trunk():
     """Logits of full passes, whatever rows share, in whatever order they come, whatever was looked at."""
     model, rng = make_model(300), np.random.default_rng(0)
-    trunk, kept = {}, None
-    for turn in range(12):
+    trunk = {"tokens": list(range(20, 40))}
+    for _ in range(12):
         start = list(range(20, 40))
         owners = rng.integers(0, 3, size=rng.integers(1, 7)).tolist()
         parts = [rng.integers(5, 300, size=size).tolist() for size in rng.integers(0, 9, size=3)]
         rows = [
             start + parts[owner] + rng.integers(5, 300, size=rng.integers(1, 30)).tolist() for owner in owners
         ]
+        known = "cache" in trunk
         reader = common.Reader(model, rows, owners, trunk)
+        alone = common.Reader(model, rows, owners)
+        assert reader.tokens_read <= alone.tokens_read - 19 or not known or len(rows) == 1
         for _ in range(2):
             more = [[*rng.integers(5, 300, size=rng.integers(0, 40)).tolist(), 7] for _ in rows]
             paths = [rng.integers(5, 300, size=rng.integers(1, 4)).tolist() for _ in rows]
@@ -703,13 +730,21 @@ def test_a_reader_looks_reads_on_and_keeps_its_trunk():
                     torch.testing.assert_close(logits[i], plain, atol=2e-5, rtol=1e-4)
                     plain = model(torch.tensor([row + paths[i]])).logits[0, -1]
                     torch.testing.assert_close(looked[i], plain, atol=2e-5, rtol=1e-4)
-        if turn and len(kept) == 20:
-            assert trunk["tokens"] == kept, "what all rows share was read once for all turns"
-        kept = trunk["tokens"]
-    assert kept == list(range(20, 40))
-    fewer = common.Reader(model, [list(range(50, 70))] * 2, [0, 0], trunk)
-    assert trunk["tokens"] == list(range(50, 69)), "other rows: another trunk"
-    assert fewer.tokens_read == 19
+    for rows in ([list(range(20, 33))] * 2, [[20, 21, 5, 6], [20, 21, 7, 6]], [[5, 6], [7, 6]]):
+        logits = common.Reader(model, rows, [0, 0], trunk).read([[], []])[:, 0]
+        with torch.no_grad():
+            plain = model(torch.tensor(rows)).logits[:, -1]
+        torch.testing.assert_close(logits, plain, atol=2e-5, rtol=1e-4)  # rows that leave the trunk early
+
+
+def test_a_score_does_not_depend_on_what_was_scored_before(tiny):
+    """Else a resumed run's file could differ from that of a run in one go by a rounding."""
+    items = [("Hi", "a " * n) for n in (9, 1)] + [("What?", "b " * n) for n in (3, 30)] + [("\n\nSo", "c")]
+    options = {"with_instruction": True, "seeds": [0] * 2, "score_mode": "expected"}
+    judge, parts = local(*load(tiny())), [items[:2], items[4:], items[2:4]]
+    in_one_go = [common.judge(judge, part, OBJECTIVES, **options) for part in parts]
+    for part, scores in zip(parts, in_one_go, strict=True):
+        assert common.judge(local(judge.model, judge.tokenizer), part, OBJECTIVES, **options) == scores
 
 
 @pytest.mark.parametrize(("lengths", "limit"), [([9, 9, 1, 1], 999), ([500, 499, 2, 2], 999), ([3], 1)])
