@@ -27,12 +27,12 @@ python eval/reliability.py --runs "self=$RUN" --others "judge=$OUT/judged" $SAME
 
 MODELS="Vanilla=$MODEL SPA=$RUN/06_model"
 if [ -n "${MMLU:-}" ]; then
-  python eval/mmlu.py --models $MODELS --data "$MMLU" --limit "${MMLU_LIMIT:-2}" $SAME
+  python eval/mmlu.py --models $MODELS --data "$MMLU" --limit "${MMLU_LIMIT:-1}" $SAME
 fi
 if [ -n "${MTBENCH:-}" ]; then
   python eval/mtbench.py --models $MODELS --questions "$MTBENCH" ${REFERENCES:+--references "$REFERENCES"} \
     --judge_model "${JUDGE:-$MODEL}" --limit "${MTBENCH_LIMIT:-1}" \
-    --max_new_tokens "${ANSWER_TOKENS:-128}" --judge_max_new_tokens "${JUDGE_TOKENS:-128}" $SAME
+    --max_new_tokens "${ANSWER_TOKENS:-32}" --judge_max_new_tokens "${JUDGE_TOKENS:-16}" $SAME
 fi
 python eval/annotate.py --runs $SYSTEMS $SAME
 python eval/report.py --run_dir "$RUN"
