@@ -684,6 +684,7 @@ def encode_prompt(tokenizer, prompt: str, system: str | None = None) -> list[int
 
 
 READ_AT_ONCE = 1024  # tokens of a pass of a Reader on a CPU; more would only add padding
+KEEP_AT_ONCE = 1 << 16  # tokens of all rows of a Reader: what it keeps of them takes 8 GiB for an 8B model
 PASS_COST = 64  # of a pass, in tokens: what it takes besides them (smollm2-135m, 2 cores: 0.1 s)
 ROOM = 32  # positions that a Reader keeps free for what follows its rows
 LEAVE_AT = 0.9  # rows that have ended leave once no more than this share of the batch is left: leaving copies
@@ -886,6 +887,11 @@ def branching_length(config) -> int:
     if not layers or not all(hasattr(layer, "reserve") for layer in layers):
         return 0
     return min(getattr(layer, "sliding_window", None) or 1 << 30 for layer in new_cache(config).layers)
+
+
+def rows_at_once(rows: list[list[int]]) -> int:
+    """How many rows a Reader should get, for the memory's sake."""
+    return max(1, KEEP_AT_ONCE // max(map(len, rows), default=1))
 
 
 class Reader:
@@ -1322,8 +1328,9 @@ class LocalModel(Backend):
         shared = first[: shared_prefix([first, second])]
         if self.trunk.get("tokens") != shared:
             self.trunk = {"tokens": shared}
-        for start in range(0, len(texts), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        step = min(self.batch_size, rows_at_once(prompts))
+        for start in range(0, len(texts), step):
+            part = slice(start, start + step)
             numbers: dict[int, int] = {}  # owners count from 0 in each call
             of_part = [numbers.setdefault(owner, len(numbers)) for owner in owners[part]]
             with self.busy:

@@ -83,18 +83,22 @@ def parse_verdict(text: str) -> int | None:
 
 def read_verdicts(backend: common.LocalModel, texts: list[str]) -> list[int]:
     """The option that the model finds likeliest inside the given JSON, of each question."""
-    if not texts:
-        return []
     tokenizer = backend.tokenizer
     first, suffixes = common.score_suffixes(tokenizer, '{"better": "', '"}', OPTIONS)
     rows = [common.encode_prompt(tokenizer, text) + first for text in texts]
-    reader = common.Reader(backend.model, rows, list(range(len(rows))))
-    logits = reader.read([[]] * len(rows))[:, 0]
-    choices, _ = common.score_logprobs(
-        lambda path: reader.look([path] * len(rows)) if path else logits, suffixes
-    )
-    backend.count(reader.tokens_read, 0)
-    return [choice - 1 for choice in choices]
+    verdicts, step = [], common.rows_at_once(rows)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        reader = common.Reader(backend.model, part, list(range(len(part))))
+        logits = reader.read([[]] * len(part))[:, 0]
+
+        def look(path: list[int], reader=reader, logits=logits):
+            return reader.look([path] * len(logits)) if path else logits
+
+        choices, _ = common.score_logprobs(look, suffixes)
+        verdicts += [choice - 1 for choice in choices]
+        backend.count(reader.tokens_read, 0)
+    return verdicts
 
 
 def ask_verdicts(backend: common.Backend, texts: list[str], seeds: list[int]) -> list[int | None]:

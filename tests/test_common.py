@@ -613,6 +613,9 @@ def test_scores_are_read_in_any_chunks(tiny, monkeypatch):
         assert [x for pair in found for x in pair] == pytest.approx(
             [x for pair in whole for x in pair], abs=1e-5
         )
+    monkeypatch.setattr(common, "KEEP_AT_ONCE", 1500)  # three rows or four
+    found = common.judge(judge, items, OBJECTIVES, **options)
+    assert np.array(found) == pytest.approx(np.array(whole), abs=1e-5)
     judge.batch_size, asked = 2, judge.tokens_in
     found = common.judge(judge, items, OBJECTIVES, **options)
     assert judge.tokens_in - asked < len(judge.trunk["tokens"]), "what all share is kept between batches"
