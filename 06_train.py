@@ -157,6 +157,30 @@ def dpo_loss(
     return preference_nll(logits, label_smoothing)
 
 
+def logits_of(model, states: torch.Tensor) -> torch.Tensor:
+    """The logits (N, V) of hidden states (N, H), in float32: the head, and what some models do after it."""
+    config, logits = model.config.get_text_config(), model.get_output_embeddings()(states).float()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return cap * torch.tanh(scale * logits / cap) if cap else scale * logits
+
+
+def check_logits(model, ids: list[int]) -> None:
+    """Raises UserError if `logits_of` does not give the logits of the model itself."""
+    if any(hasattr(weight, "ds_numel") for weight in model.parameters()):
+        return  # DeepSpeed has sharded the weights: nothing can be read before accelerator.prepare
+    ids = torch.tensor([ids[:64]], device=model.device)
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits[0].float()
+        ours = logits_of(model, model.base_model(ids, use_cache=False).last_hidden_state[0])
+    same = bool((ours - plain).abs().max() <= 1e-3 * plain.abs().max())
+    kind = type(model).__name__
+    check(
+        same, f"{kind} changes the logits of its head in a way of its own: add it to logits_of in 06_train.py"
+    )
+
+
 def response_logps(
     model, input_ids, attention_mask, position_ids, parents, targets, owners, responses: int
 ) -> torch.Tensor:
@@ -169,10 +193,9 @@ def response_logps(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state  # (B, T, H)
     states = hidden.flatten(0, 1)[parents]  # (N, H)
-    head = model.get_output_embeddings()
 
     def project(states, targets):
-        logits = head(states).float()  # (chunk, V); the softmax is always in float32
+        logits = logits_of(model, states)  # (chunk, V); the softmax is always in float32
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     chunks = zip(states.split(PROJECTION_CHUNK), targets.split(PROJECTION_CHUNK), strict=True)
@@ -829,6 +852,7 @@ def main(args: Args) -> None:
     args.max_length = min(args.max_length, common.context_length(model.config))
     everything, dropped = group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), args)
     check(bool(everything), f"no response fits into --max_length {args.max_length} with its prompt")
+    check_logits(model, [token for ids in everything[0]["sequences"][0] for token in ids])
     share = args.share_prompts and model.config._attn_implementation == "sdpa"
     config = model.config.get_text_config()
     widest = min(args.tokens_per_batch, getattr(config, "sliding_window", None) or args.tokens_per_batch)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_model, make_tokenizer, read_rows, scored_row, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
 from common import UserError
@@ -281,6 +281,40 @@ def test_gradient_equals_a_naive_float64_step(loss, budget, share):
         assert p.grad is not None and p.grad.abs().max() > 0, name
         error = (ours[name] - p.grad).norm() / p.grad.norm()
         assert error < 2e-5, (name, error)
+
+
+# kinds of models that change the logits of their output head
+HEADS = {
+    "gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "head_dim": 8},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_log_probabilities_are_the_models_own(kind, monkeypatch):
+    """Against log-softmax of the model's own logits; a change that isn't known is refused."""
+    sizes = make_model(300).config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
+    config = AutoConfig.for_model(kind, **{name: sizes[name] for name in names}, **HEADS[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.3)
+    rows = [([5, 6, 7, 8], [[9, 10, 11]]), ([12], [[13, 14]])]
+    train.check_logits(model, [5, 6, 7, 8, 9, 10])
+    with torch.no_grad():
+        found = train.response_logps(model, **train.to_batch(rows, "cpu"))
+        for value, (prompt, (response,)) in zip(found, rows, strict=True):
+            logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            plain = sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(response))
+            assert value.item() == pytest.approx(plain.item(), abs=1e-4)
+    monkeypatch.setattr(train, "logits_of", lambda model, states: model.get_output_embeddings()(states))
+    with pytest.raises(UserError, match="logits_of in 06_train"):
+        train.check_logits(model, [5, 6, 7, 8, 9, 10])
 
 
 def test_chunks_do_not_change_the_log_probabilities(monkeypatch):
