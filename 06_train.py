@@ -855,7 +855,7 @@ def main(args: Args) -> None:
     check_logits(model, [token for ids in everything[0]["sequences"][0] for token in ids])
     share = args.share_prompts and model.config._attn_implementation == "sdpa"
     config = model.config.get_text_config()
-    widest = min(args.tokens_per_batch, getattr(config, "sliding_window", None) or args.tokens_per_batch)
+    widest = min(args.tokens_per_batch, common.branching_length(model.config))
     for group in everything:
         group["rows"] = share_prompts(group, config.hidden_size, widest if share else 0)
     groups, held_out = split_prompts(everything, args)

@@ -903,10 +903,12 @@ class Reader:
 
     rows: (R,) token lists. owners: (R,) labels; rows of one owner have a long beginning in common. trunk:
     {"tokens": with which all rows of several readers begin}, where the first of them leaves its cache; None:
-    these rows are alone. `tokens_read` counts without padding.
+    these rows are alone. room: how many tokens at most follow a row. `tokens_read` counts without padding.
     """
 
-    def __init__(self, model, rows: list[list[int]], owners: list, trunk: dict | None = None):
+    def __init__(
+        self, model, rows: list[list[int]], owners: list, trunk: dict | None = None, room: int = ROOM
+    ):
         import torch
 
         self.model, self.rest, self.tokens_read = model, rows, 0
@@ -924,7 +926,7 @@ class Reader:
         }
         rest = [row[ends[owner] :] for row, owner in zip(rows, owners, strict=True)]
         longest_end, longest_rest = max(ends.values()), max(map(len, rest))
-        if not shared or longest_end + longest_rest + ROOM > branching_length(model.config):
+        if not shared or longest_end + longest_rest + room > branching_length(model.config):
             return
         if "cache" not in trunk:
             trunk["cache"] = new_cache(model.config, windows=False)
@@ -942,7 +944,7 @@ class Reader:
             self._branch([0] * len(owned), longest_end - shared)
             self._read([groups[owner][0][shared : ends[owner]] for owner in owned])
         self.order.sort(key=lambda i: -len(rest[i]))
-        self._branch([places[i] for i in self.order], longest_rest + ROOM)
+        self._branch([places[i] for i in self.order], longest_rest + min(room, ROOM))
         self.rest = rest
 
     def read(self, more: list[list[int]], ahead: list[int] | None = None):
@@ -956,15 +958,16 @@ class Reader:
             self.rest = rows
             return self._read_whole([row + ahead for row in rows], 1 + len(ahead))
         self.rest = [[]] * len(rows)
-        return self._read([rows[i] for i in self.order], ahead)[self._places()]
+        return self._read([rows[i] for i in self.order], ahead)[self.places()]
 
     def look(self, paths: list[list[int]]):
         """The logits (R, V) after a few tokens that are not kept, one list a row."""
         if self.cache is None:
             return self._read_whole([row + path for row, path in zip(self.rest, paths, strict=True)], 1)[:, 0]
-        return self._read([paths[i] for i in self.order], keep=False)[self._places(), 0]
+        return self._read([paths[i] for i in self.order], keep=False)[self.places(), 0]
 
-    def _places(self) -> list[int]:
+    def places(self) -> list[int]:
+        """Where each row stands in the cache."""
         return sorted(range(len(self.order)), key=self.order.__getitem__)
 
     def _branch(self, rows: list[int], room: int) -> None:
@@ -1061,7 +1064,6 @@ def generate(
     import torch
 
     device, ends = model.device, end_token_ids(tokenizer, model)
-    ids, mask = pad_left(prompts, 0, device)
     origin = [i for i, count in enumerate(counts) for _ in range(count)]
     written: list[list[int]] = [[] for _ in origin]
     uniforms = torch.empty((len(origin), 0))
@@ -1074,11 +1076,19 @@ def generate(
         draws = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
         uniforms = torch.stack(draws).to(device)
     with torch.inference_mode():
-        cache = new_cache(model.config)
-        rows = torch.tensor(origin)  # indices stay on the CPU: layers may lie on several devices
-        logits = read_tokens(model, cache, mask, ids)[rows, -1]
+        reader = Reader(model, prompts, list(range(len(prompts))), room=max_new_tokens)
+        if reader.cache is not None:
+            logits, places = reader.read([[]] * len(prompts))[:, 0], reader.places()
+            cache, mask = reader.cache, reader.mask
+        else:
+            cache, places = new_cache(model.config), list(range(len(prompts)))
+            ids, mask = pad_left(prompts, 0, device)
+            logits = read_tokens(model, cache, mask, ids)[:, 0]
+        logits = logits[origin]
+        rows = torch.tensor([places[i] for i in origin])  # on the CPU: layers may lie on several devices
         cache.reorder_cache(rows)
-        mask, going = mask[rows], list(range(len(origin)))  # which completion each row of the batch is
+        mask = mask[rows.to(device)]
+        going = list(range(len(origin)))  # which completion each row of the batch is
         ended: set[int] = set()
         for step in range(max_new_tokens):
             tokens = draw_tokens(logits, uniforms[:, step] if temperature > 0 else None, temperature, top_p)
