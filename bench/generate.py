@@ -105,6 +105,8 @@ def main(args: Args) -> None:
     ours = statistics.median(rates["stage 1"])
     print(f"{args.model}, {len(encoded)} prompts × {args.n}, up to {args.max_new_tokens} tokens")
     for name, values in rates.items():
+        if not values:
+            continue
         median = statistics.median(values)
         rate = f"{median:>8.1f} useful tokens/s (median of {len(values)})"
         print(f"  {name:<12}{rate}, stage 1 is {ours / median:.2f} times that")
