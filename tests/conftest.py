@@ -14,7 +14,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import common
 
@@ -82,6 +88,21 @@ def make_model(vocab_size: int, seed: int = 0, context: int = 1024) -> LlamaForC
         pad_token_id=4,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def make_kind(kind: str, vocab_size: int, **options):
+    """A tiny random model of another kind than Llama ("gemma2", …), of the same sizes."""
+    sizes = make_model(vocab_size).config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
+    config = AutoConfig.for_model(kind, **{name: sizes[name] for name in names}, **options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.3)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import local, make_model, make_tokenizer
+from conftest import local, make_kind, make_model, make_tokenizer
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -674,20 +673,11 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_windows_and_recurrent_layers_are_read_and_sampled_as_they_should(kind, tiny):
+def test_windows_and_recurrent_layers_are_read_and_sampled_as_they_should(kind):
     """Scores, and greedy answers of padded prompts, are those of full passes without padding."""
     tokenizer = make_tokenizer("plain")
-    sizes = make_model(len(tokenizer)).config.to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
-    config = AutoConfig.for_model(kind, **{name: sizes[name] for name in names}, head_dim=8, **LAYERS[kind])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.3)
-    assert (common.branching_length(config) > 1000) == (kind == "mistral")
+    model = make_kind(kind, len(tokenizer), head_dim=8, **LAYERS[kind])
+    assert (common.branching_length(model.config) > 1000) == (kind == "mistral")
     items = [("Hi", "Hello."), ("What is it?", "It is harmful to say so, and " * 4), ("Hi", "No 10.")]
     texts = [common.judge_prompt(OBJECTIVES, *item, True) for item in items]
     rows = [common.encode_prompt(tokenizer, text) for text in texts]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_model, make_tokenizer, read_rows, scored_row, write_rows
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from conftest import make_kind, make_model, make_tokenizer, read_rows, scored_row, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 from common import UserError
@@ -294,16 +294,7 @@ HEADS = {
 @pytest.mark.parametrize("kind", HEADS)
 def test_log_probabilities_are_the_models_own(kind, monkeypatch):
     """Against log-softmax of the model's own logits; a change that isn't known is refused."""
-    sizes = make_model(300).config.to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
-    config = AutoConfig.for_model(kind, **{name: sizes[name] for name in names}, **HEADS[kind])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.3)
+    model = make_kind(kind, 300, **HEADS[kind])
     rows = [([5, 6, 7, 8], [[9, 10, 11]]), ([12], [[13, 14]])]
     train.check_logits(model, [5, 6, 7, 8, 9, 10])
     with torch.no_grad():
