@@ -80,7 +80,7 @@ class Args:
         ("auto", "balanced", "sequential"),
     )
     continuous_batching: bool = arg(
-        True, "on a GPU where it works: transformers' generate_batch, with a seed a batch, not a response"
+        True, "on a GPU where it works: transformers' own, with all samples of many prompts under way"
     )
     batch_size: int = arg(72, "sequences generated at a time (ours)")
     concurrency: int = arg(32, "requests under way at an endpoint")
@@ -340,7 +340,7 @@ def main(args: Args) -> None:
 
     record["facts"] |= common.model_facts(args)
     ids, sizes = [row["id"] for row in rows], [(lengths[row["id"]], args.n) for row in rows]
-    rows = common.make_rows(args, "01 sample", record, output, ids, sizes, [backend], sample)
+    rows = common.make_rows(args, record, output, ids, sizes, common.Step("01 sample", backend, sample))
     if rows is None:  # the first of several processes reports
         return
     dropped["refused by the server"] = record["facts"]["refused"]
@@ -351,6 +351,12 @@ def main(args: Args) -> None:
     if shortened:
         print(f"  prompts shortened from the left: {shortened}")
     print(f"  responses: {len(texts)}, distinct within their prompt: {distinct}, empty: {texts.count('')}")
+    if args.n > 1 and distinct == len(rows):  # some servers ignore the temperature
+        common.warn(
+            "all responses to a prompt are the same, and 04 would drop every prompt: raise --temperature, or "
+            "have the server sample (`transformers serve` does where the model's generation_config.json has "
+            '"do_sample": true)'
+        )
     if cut_off:
         print(f"  of the {args.n * len(cut_off)} responses sampled now, {sum(cut_off)} met --max_new_tokens")
     common.show_tokens(backend)

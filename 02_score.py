@@ -105,7 +105,8 @@ def main(args: Args) -> None:
         "with_instruction": args.with_instruction,
     }
     ids, sizes = [row["id"] for row in rows], [(max(group), len(group)) for group in lengths]
-    rows = common.make_rows(args, "02 score", record, output, ids, sizes, [judge], score)
+    step = common.Step("02 score", judge, score, decodes=args.score_mode == "json")
+    rows = common.make_rows(args, record, output, ids, sizes, step)
     if rows is None:  # the first of several processes reports
         return
 

@@ -82,7 +82,7 @@ class Args:
         ("auto", "balanced", "sequential"),
     )
     continuous_batching: bool = arg(
-        True, "on a GPU where it works: transformers' generate_batch, with a seed a batch, not a response"
+        True, "on a GPU where it works: transformers' own, with many prompts under way"
     )
     batch_size: int = arg(72, "sequences generated at a time (ours)")
     concurrency: int = arg(32, "requests under way at an endpoint")
@@ -182,25 +182,35 @@ def main(args: Args) -> None:
         )
         refined = {rows[i]["id"]: [] for i in batch}
         for row, group in zip(chosen, completions, strict=True):  # None is what a server has refused
-            refined[row["id"]] = [{"text": clean_refined(one.text)} for one in group if one]
-        places = [(row, j) for row in chosen for j in range(len(refined[row["id"]]))]
+            refined[row["id"]] = [clean_refined(one.text) for one in group if one]
+        return [{"id": id, "draft": texts} for id, texts in refined.items()]
+
+    def score(batch: list[int], drafts: list[list[str]]) -> list[dict]:
+        attempts = [[{"text": text} for text in texts] for texts in drafts]
+        places = [
+            (rows[i], j, one) for i, group in zip(batch, attempts, strict=True) for j, one in enumerate(group)
+        ]
         scores = common.judge(
             judge,
-            [(row["prompt"], refined[row["id"]][j]["text"]) for row, j in places],
+            [(row["prompt"], one["text"]) for row, _, one in places],
             objectives,
             score_mode=args.score_mode,
             with_instruction=args.with_instruction,
-            seeds=[common.derive_seed(args.seed, row["id"], j) for row, j in places],
+            seeds=[common.derive_seed(args.seed, row["id"], j) for row, j, _ in places],
         )
-        for (row, j), pair in zip(places, scores, strict=True):
-            refined[row["id"]][j]["scores"] = pair
-        return [rows[i] | {"refined": best_attempt(refined[rows[i]["id"]])} for i in batch]
+        for (_, _, one), pair in zip(places, scores, strict=True):
+            one["scores"] = pair
+        return [rows[i] | {"refined": best_attempt(group)} for i, group in zip(batch, attempts, strict=True)]
 
     record["facts"] = facts | common.carried_facts(args, facts)
     record["facts"] |= {"primary": args.primary, "objectives": objectives, "refused": 0}
     ids = [row["id"] for row in rows]
     sizes = [(length, args.attempts if id in prompts else 0) for length, id in zip(lengths, ids, strict=True)]
-    rows = common.make_rows(args, "03 refine", record, output, ids, sizes, [backend, judge], refine)
+    steps = [
+        common.Step("03 refine", backend, refine),
+        common.Step("03 score", judge, score, decodes=args.score_mode == "json"),
+    ]
+    rows = common.make_rows(args, record, output, ids, sizes, *steps)
     if rows is None:  # the first of several processes reports
         return
 

@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import queue
@@ -396,13 +397,19 @@ def _whole_rows(paths: list[Path]) -> dict[str, dict]:
     return rows
 
 
+def is_draft(row: dict) -> bool:
+    """Whether a row waits for its stage's second step. Until the stage ends, a whole row keeps its draft."""
+    return row.keys() <= {"id", "draft"}
+
+
 def done_rows(args, record: dict, output: Path, wanted: int) -> dict[str, dict]:
     """The whole rows that `output` already has, by id, those of all processes; nothing is written.
 
     The record stays complete only if all `wanted` rows are there.
     """
     done = {} if args.overwrite else _whole_rows(_parts(output))
-    record["complete"] = record["complete"] and len(done) >= wanted
+    whole = sum(not is_draft(row) for row in done.values())
+    record["complete"] = record["complete"] and whole >= wanted
     return done
 
 
@@ -445,10 +452,10 @@ def finish_rows(record: dict, output: Path, rows: dict, order: list) -> list | N
             torch.distributed.destroy_process_group()
     if processes()[0] > 0:
         return None
-    while not rows.keys() >= set(order):  # a process that dies takes this one with it
-        time.sleep(0.5)
+    while any(id not in rows or is_draft(rows[id]) for id in order):
+        time.sleep(0.5)  # a process that dies takes this one with it
         rows |= _whole_rows(_parts(output)[1:])
-    ordered = [rows[id] for id in order]
+    ordered = [{key: value for key, value in rows[id].items() if key != "draft"} for id in order]
     with replace_file(output) as file:
         file.writelines(dump_row(row) for row in ordered)
     write_record(record | {"complete": True})
@@ -687,6 +694,7 @@ READ_AT_ONCE = 1024  # tokens of a pass of a Reader on a CPU; more would only ad
 KEEP_AT_ONCE = 1 << 16  # tokens of all rows of a Reader: what it keeps of them takes 8 GiB for an 8B model
 PASS_COST = 64  # of a pass, in tokens: what it takes besides them (smollm2-135m, 2 cores: 0.1 s)
 ROOM = 32  # positions that a Reader keeps free for what follows its rows
+DENSE_FLIGHT = 160  # sequences a step of a Flight without flash attention, where each row meets all keys
 LEAVE_AT = 0.9  # rows that have ended leave once no more than this share of the batch is left: leaving copies
 
 
@@ -1024,6 +1032,17 @@ class Reader:
         return torch.stack(logits)
 
 
+RANGE = 1 << 31  # of the numbers with which tokens are drawn: whole ones, as a `Flight` hands on
+
+
+def draw_numbers(seed: int, number: int, length: int):
+    """int32 (length,): a number from 0 to RANGE - 1 for each token that the sequence `number` may draw."""
+    import torch
+
+    generator = torch.Generator().manual_seed(derive_seed(seed, number))
+    return (torch.rand(length, generator=generator, dtype=torch.float64) * RANGE).int()
+
+
 def draw_tokens(logits, uniforms, temperature: float, top_p: float):
     """The next token of each row, int64 (B,). logits (B, V), uniforms (B,) in [0, 1); temperature 0: greedy.
 
@@ -1063,18 +1082,14 @@ def generate(
     """
     import torch
 
-    device, ends = model.device, end_token_ids(tokenizer, model)
+    device, ends = model.device, set(end_token_ids(tokenizer, model))
     origin = [i for i, count in enumerate(counts) for _ in range(count)]
     written: list[list[int]] = [[] for _ in origin]
     uniforms = torch.empty((len(origin), 0))
     if temperature > 0:
-        generators = [
-            torch.Generator().manual_seed(derive_seed(seeds[i], j))
-            for i, count in enumerate(counts)
-            for j in range(count)
-        ]
-        draws = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]
-        uniforms = torch.stack(draws).to(device)
+        own = [(seeds[i], j) for i, count in enumerate(counts) for j in range(count)]
+        numbers = torch.stack([draw_numbers(seed, j, max_new_tokens) for seed, j in own])
+        uniforms = (numbers.double() / RANGE).to(device)
     with torch.inference_mode():
         reader = Reader(model, prompts, list(range(len(prompts))), room=max_new_tokens)
         if reader.cache is not None:
@@ -1110,92 +1125,185 @@ def generate(
     return [[next(completions) for _ in range(count)] for count in counts]
 
 
-def to_completion(tokenizer, row: list[int], ends: list[int]) -> Completion:
+def to_completion(tokenizer, row: list[int], ends: typing.Collection[int]) -> Completion:
     """The completion of the written tokens `row`, whose last one is an end token unless it was cut off."""
     whole = bool(row) and row[-1] in ends
     text = tokenizer.decode(row[:-1] if whole else row, skip_special_tokens=True).strip()
     return Completion(text, len(row), not whole)
 
 
-def generate_continuously(
-    model,
-    tokenizer,
-    prompts: list[list[int]],
-    counts: list[int],
-    seeds: list[int],
-    *,
-    temperature: float,
-    max_new_tokens: int,
-    top_p: float = 1.0,
-) -> list[list[Completion]]:
-    """As `generate`, through transformers' continuous batching: a request enters as soon as another ends.
+class FlightError(Exception):
+    """Continuous batching does not go on; plain decoding is at hand."""
 
-    Made for GPUs (paged cache, prefixes shared). One seed stands for the whole call. Raises RuntimeError if
-    a request fails.
+
+class Flight:
+    """transformers' continuous batching as a server in this process: any thread may ask, at any time.
+
+    A sequence enters as soon as there is room, shares the blocks of a beginning that is there already, and
+    draws its tokens with its own numbers, as in `generate`, whatever else is under way. Until `close` the
+    flight has the model to itself (under another attention), and most of the memory that was free.
+
+    top_p: of all requests. options: of transformers' ContinuousBatchingConfig.
     """
-    from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    ends = end_token_ids(tokenizer, model)
-    sampling = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0], **sampling
-    )
-    inputs = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
-    attention = model.config._attn_implementation
-    try:
-        outputs = model.generate_batch(
-            inputs,
-            generation_config=config,
-            continuous_batching_config=ContinuousBatchingConfig(seed=derive_seed(seeds) % (1 << 31)),
-            progress_bar=False,
+    def __init__(self, model, tokenizer, top_p: float = 1.0, **options):
+        import torch
+        from transformers import (
+            ContinuousBatchingConfig,
+            GenerationConfig,
+            LogitsProcessorList,
+            TemperatureLogitsWarper,
         )
-    finally:
-        model.set_attn_implementation(attention)  # scores are read through the plain one
-    in_order = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[1]))
-    failed = [output.error for output in in_order if output.error]
-    if failed or [output.prompt_ids for output in in_order] != inputs:
-        raise RuntimeError(failed[0] if failed else "requests are missing")
-    completions = (to_completion(tokenizer, output.generated_tokens, ends) for output in in_order)
-    return [[next(completions) for _ in range(count)] for count in counts]
+        from transformers.generation.continuous_batching import cb_logits_processors as processors
+
+        class Draw(processors.ContinuousBatchingLogitsProcessor):
+            """Lowers all scores but that of the token which the row's own number draws; -1 is greedy."""
+
+            supported_kwargs: typing.ClassVar = {"numbers": list, "prompt_length": int}
+            ignored_kwargs = ()
+
+            def fill_defaults(self, int32_tensor) -> None:
+                int32_tensor.fill_(-1)
+
+            def prepare_tensor_args(self, requests_with_new_token):
+                numbers = []
+                for state in (request.state for request in requests_with_new_token):
+                    own = state.logit_processor_kwargs.get("numbers") or [-1]
+                    step = state.position_offset - state.logit_processor_kwargs.get("prompt_length", 0)
+                    numbers.append(own[min(step, len(own) - 1)])
+                return torch.tensor(numbers, dtype=torch.int32)
+
+            def __call__(self, scores, tensor_arg):
+                numbers = tensor_arg[: len(scores)]
+                drawn = draw_tokens(scores, numbers.double() / RANGE, 1.0, top_p)
+                tokens = torch.where(numbers < 0, scores.argmax(-1), drawn)
+                return torch.full_like(scores, -math.inf).scatter_(1, tokens[:, None], 0.0)
+
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # errors reach us as such
+        ends = end_token_ids(tokenizer, model)
+        config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0], do_sample=False)
+        # the rest of the memory is for the draws: numbers for each row and token of the vocabulary
+        how = ContinuousBatchingConfig(**{"max_memory_percent": 0.8, **options})
+        self.top_p, self.lock, self.model = top_p, threading.Lock(), model
+        self.attention = model.config._attn_implementation
+        self.jobs: dict[str, futures.Future] = {}
+        self.asked, self.failure = 0, None
+        self.manager = model.init_continuous_batching(config, how)
+        try:
+            if "flash" not in model.config._attn_implementation:
+                how = self.manager.continuous_batching_config
+                how.max_requests_per_batch = min(how.max_requests_per_batch, DENSE_FLIGHT)
+            warper = processors.ContinuousBatchingTemperatureLogitsWarper(TemperatureLogitsWarper(1.0))
+            chain = processors.ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
+            chain.logits_processor = LogitsProcessorList([warper, Draw()])
+            chain.tensors_required, chain.do_processing = 2, True
+            chain._retrieve_processors_kwargs()
+            self.manager.logit_processor = chain
+            self.manager.warmup()
+            self.manager.start()
+        except BaseException:
+            self.close()
+            raise
+        self.collector = threading.Thread(target=self._collect, daemon=True)
+        self.collector.start()
+
+    def ask(
+        self, prompt: list[int], numbers: list[int], temperature: float, max_new_tokens: int
+    ) -> futures.Future:
+        """A job whose result is the tokens written after a tokenized prompt; FlightError if it fails.
+
+        numbers: `draw_numbers` of the sequence; empty: greedy.
+        """
+        job = futures.Future()
+        with self.lock:
+            if self.failure:
+                raise FlightError(self.failure)
+            name, self.asked = str(self.asked), self.asked + 1
+            self.jobs[name] = job
+            own = {"temperature": float(temperature or 1.0), "numbers": numbers}
+            own["prompt_length"] = len(prompt)
+            self.manager.add_request(prompt, name, max_new_tokens=max_new_tokens, **own)
+        return job
+
+    def _collect(self) -> None:
+        reason = "it has ended"
+        while True:
+            output = self.manager.get_result(timeout=0.1)
+            if output is not None:
+                job = self.jobs.pop(output.request_id, None)
+                if output.error:
+                    reason = output.error
+                if job and output.error:
+                    job.set_exception(FlightError(reason))
+                elif job:
+                    job.set_result(output.generated_tokens)
+            elif self.manager.is_running():
+                time.sleep(0.001)  # after an error the queue does not wait
+            else:
+                break
+        with self.lock:
+            self.failure = reason
+            for job in self.jobs.values():
+                job.set_exception(FlightError(reason))
+            self.jobs.clear()
+
+    def close(self) -> None:
+        """Gives the model back as it was; what is still under way fails."""
+        try:
+            self.manager.stop(block=True, hard_stop=True)
+            self.manager.destroy()
+        finally:
+            self.model.set_attn_implementation(self.attention)  # scores are read through the plain one
 
 
 def continuous_batching_works(model, tokenizer) -> bool:
-    """Whether `generate_continuously` does here what it should, tried on three short prompts.
+    """Whether a `Flight` writes here what `generate` writes, tried on three short prompts.
 
-    It must write what `generate` writes greedily, obey temperature and top_p (unsupported settings are
-    dropped without an error), and leave the model as it was.
+    Greedily, at a low and at a high temperature and with a nucleus; a fifth of the sequences may differ, as
+    rounding in bfloat16 may change a token. A warning says why not.
     """
     prompts = [encode_prompt(tokenizer, text) for text in ("What is water?", "Name a colour.", "Hello!")]
+    kinds = [(0.0, 1.0), (0.1, 1.0), (1.5, 1.0), (1.5, 0.3)]  # temperature, top_p
 
-    def texts(function, copies: int = 1, **options) -> list[str]:
-        counts, seeds = [copies] * len(prompts), [1] * len(prompts)
-        groups = function(model, tokenizer, prompts, counts, seeds, max_new_tokens=2, **options)
-        return [completion.text for group in groups for completion in group]
+    def fly(top_p: float) -> list[list[list[int]]]:
+        flight = Flight(model, tokenizer, top_p, num_blocks=32, max_batch_tokens=256)
+        try:
+            jobs = [
+                [
+                    flight.ask(prompt, draw_numbers(i, j, 3).tolist() if kind[0] else [], kind[0], 3)
+                    for i, prompt in enumerate(prompts)
+                    for j in range(5)
+                ]
+                for kind in kinds
+                if kind[1] == top_p
+            ]
+            return [[job.result(timeout=600) for job in group] for group in jobs]
+        finally:
+            flight.close()
 
     try:
-        greedy = texts(generate, temperature=0.0)
-        same = [
-            texts(generate_continuously, temperature=0.0),
-            texts(generate_continuously, temperature=1e-3),
-            texts(generate_continuously, temperature=2.0, top_p=1e-6),
-            texts(generate, temperature=0.0),
-        ]
-        hot = texts(generate_continuously, copies=8, temperature=100.0)
-        works = all(found == greedy for found in same) and len(set(hot)) > len(hot) // 2
-        reason = "its answers differ from plain decoding"
+        ends, attention = end_token_ids(tokenizer, model), model.config._attn_implementation
+        found = [*fly(1.0), *fly(0.3)]
+        check(model.config._attn_implementation == attention, "it leaves the model with another attention")
+        for (temperature, top_p), rows in zip(kinds, found, strict=True):
+            options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": 3}
+            plain = generate(model, tokenizer, prompts, [5] * 3, [0, 1, 2], **options)
+            pairs = zip(rows, (completion for group in plain for completion in group), strict=True)
+            same = sum(to_completion(tokenizer, row, ends) == completion for row, completion in pairs)
+            check(same >= 12, f"at temperature {temperature} and top_p {top_p} it writes something else")
+        return True
     except Exception as error:  # whatever fails in there, plain decoding is at hand
-        works, reason = False, f"{type(error).__name__}: {first_line(error)}"
-    if not works:
-        warn(f"continuous batching is not used ({reason}); responses are decoded in batches")
-    return works
+        named = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        warn(
+            f"continuous batching is not used ({named}{first_line(error)}); responses are decoded in batches"
+        )
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------
 # Backends: a stage asks a LocalModel or an Endpoint, in the same words.
 
-CONTINUOUS_BATCH = 160  # sequences of a call of it: fills one GPU, and 8 GPUs can share 300 prompts × 5
+ROWS_IN_FLIGHT = 512  # whose samples continuous batching has at hand at a time
 API_KEYS = {"": "SPA_API_KEY", "judge_": "SPA_JUDGE_API_KEY"}  # the environment variables of the keys
 # what a resumed run may set anew
 MAY_CHANGE = ("endpoint", "judge_endpoint", "concurrency", "request_timeout", "retries")
@@ -1217,7 +1325,6 @@ class Backend:
     """What both backends count: tokens read and written since `open`, by any of their threads."""
 
     context = 1 << 30  # tokens; an endpoint's is its own matter
-    concurrency = 0  # rows under way at a time; 0: one batch after the other
 
     def __init__(self, name: str):
         self.name, self.tokens_in, self.tokens_out, self.started = name, 0, 0, time.time()
@@ -1228,10 +1335,27 @@ class Backend:
             self.tokens_in += tokens_in
             self.tokens_out += tokens_out
 
-    def rates(self) -> str:
-        """Tokens read and written per second, for a progress bar."""
-        seconds = max(time.time() - self.started, 1e-9)
-        return f"in {self.tokens_in / seconds:.0f}, out {self.tokens_out / seconds:.0f} tokens/s"
+    @contextlib.contextmanager
+    def session(self, decodes: bool):
+        """Opens what the rows of a step need; gives how many may be under way, 0: one batch after the other.
+
+        decodes: whether the step asks for completions alone.
+        """
+        yield 0
+
+    def stop(self) -> None:
+        """No request of this session begins after this; those under way may end."""
+
+    def now(self) -> tuple[float, int, int]:
+        """(time in s, tokens read, tokens written) so far."""
+        return time.time(), self.tokens_in, self.tokens_out
+
+    def rates(self, start: tuple[float, int, int] | None = None) -> str:
+        """Tokens read and written per second since `start`, from `now`, or since `open`."""
+        since, tokens_in, tokens_out = start or (self.started, 0, 0)
+        seconds = max(time.time() - since, 1e-9)
+        tokens_in, tokens_out = self.tokens_in - tokens_in, self.tokens_out - tokens_out
+        return f"in {tokens_in / seconds:.0f}, out {tokens_out / seconds:.0f} tokens/s"
 
     def summary(self) -> str:
         """One line for the end of a stage; empty where nothing was asked."""
@@ -1248,9 +1372,12 @@ class LocalModel(Backend):
 
     Raises UserError if the model can't be loaded or has no chat template. dtype as for `load_model`;
     device_map "auto" spreads the layers over all GPUs (and the CPU), for a model too large for one;
-    continuous: decode by `generate_continuously` on one GPU if it works there. batch_size: sequences decoded
-    or scored at a time.
+    continuous: decode in a `Flight` on one GPU if that works there. batch_size: sequences decoded or scored
+    at a time otherwise.
     """
+
+    flight: Flight | None = None
+    probed = flying = stopped = False
 
     def __init__(
         self,
@@ -1261,12 +1388,22 @@ class LocalModel(Backend):
         continuous: bool = False,
         batch_size: int = 72,
     ):
-        super().__init__(name)
-        self.batch_size = batch_size
-        self.continuous = continuous and not device_map
-        self.tokenizer = load_tokenizer(name, chat_template)
-        self.context = context_length(load_config(name))
+        tokenizer, continuous = load_tokenizer(name, chat_template), continuous and not device_map
+        self._set(name, tokenizer, load_config(name), continuous, batch_size)
         self.dtype, self.device_map, self.model = dtype, device_map, None
+
+    @classmethod
+    def of(cls, model, tokenizer, name: str = "model", continuous: bool = False, batch_size: int = 72):
+        """The backend of a model that is in memory already; `open` then only starts its clock."""
+        backend = cls.__new__(cls)
+        backend._set(name, tokenizer, model.config, continuous, batch_size)
+        backend.model = model
+        return backend
+
+    def _set(self, name: str, tokenizer, config, continuous: bool, batch_size: int) -> None:
+        super().__init__(name)
+        self.tokenizer, self.context = tokenizer, context_length(config)
+        self.continuous, self.batch_size = continuous, batch_size
         self.busy = threading.Lock()  # the rows of an endpoint come in threads
         self.trunk: dict = {}  # what all judge prompts share, read once
 
@@ -1276,16 +1413,32 @@ class LocalModel(Backend):
             self.model = load_model(self.name, self.dtype, device_map=self.device_map)
             check_vocabulary(self.tokenizer, self.model, self.name)
             speed_up_attention(self.model)
-            self.continuous = (
-                self.continuous
-                and self.model.device.type == "cuda"
-                and continuous_batching_works(self.model, self.tokenizer)
-            )
+            self.continuous = self.continuous and self.model.device.type == "cuda"
         self.started = time.time()
 
     def sequences(self) -> int:
         """How many sequences to ask for in one call of `complete`."""
-        return max(self.batch_size, CONTINUOUS_BATCH) if self.continuous else self.batch_size
+        return self.batch_size
+
+    @contextlib.contextmanager
+    def session(self, decodes: bool):
+        """As `Backend.session`: many rows with continuous batching, for a step that only decodes."""
+        if decodes and self.continuous and not self.probed:
+            self.probed = True
+            self.continuous = continuous_batching_works(self.model, self.tokenizer)
+        self.flying, self.stopped = decodes and self.continuous, False
+        try:
+            yield ROWS_IN_FLIGHT if self.flying else 0
+        finally:
+            self.stop()
+            self.flying = False
+
+    def stop(self) -> None:
+        """Ends the session's flight, and what is under way in it."""
+        with self.lock:
+            self.stopped, flight, self.flight = True, self.flight, None
+        if flight:
+            flight.close()
 
     def length(self, prompt: str, system: str | None = None) -> int:
         """Tokens of a prompt, up to where the assistant begins to write."""
@@ -1297,33 +1450,64 @@ class LocalModel(Backend):
         """The completions of each request, in order, as one batch; see `generate`."""
         if not requests:
             return []
-        prompts = [encode_prompt(self.tokenizer, request.prompt, request.system) for request in requests]
+        with self.busy:  # a tokenizer is not for several threads
+            prompts = [encode_prompt(self.tokenizer, request.prompt, request.system) for request in requests]
         options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": top_p}
         return self.decode(prompts, [r.count for r in requests], [r.seed for r in requests], **options)
 
     def decode(self, prompts: list[list[int]], counts: list[int], seeds: list[int], **options):
-        """As `generate`, of tokenized prompts; by `generate_continuously` for as long as that works."""
+        """As `generate`, of tokenized prompts; in a `Flight` for as long as that works.
+
+        Raises FlightError only within a session, which `run_batches` then goes on with in batches.
+        """
         groups: list = []
-        with self.busy:
-            if self.continuous:
-                try:
-                    groups = generate_continuously(
-                        self.model, self.tokenizer, prompts, counts, seeds, **options
-                    )
-                except Exception as error:  # plain decoding is at hand, and loses nothing
-                    self.continuous = False
-                    reason = f"{type(error).__name__}: {first_line(error)}"
-                    warn(f"continuous batching failed ({reason}); plain decoding takes over")
-            if not groups:
-                groups = [[]] * len(prompts)
-                for batch in plan_batches(list(map(len, prompts)), counts, self.batch_size):
-                    of_batch = ([values[i] for i in batch] for values in (prompts, counts, seeds))
+        if self.flying:
+            groups = self._decode_in_flight(prompts, counts, seeds, **options)
+        elif self.continuous:
+            with self.session(decodes=True), contextlib.suppress(FlightError):
+                groups = self._decode_in_flight(prompts, counts, seeds, **options) if self.flying else []
+        if not groups:
+            groups = [[]] * len(prompts)
+            for batch in plan_batches(list(map(len, prompts)), counts, self.batch_size):
+                of_batch = ([values[i] for i in batch] for values in (prompts, counts, seeds))
+                with self.busy:
                     found = generate(self.model, self.tokenizer, *of_batch, **options)
-                    for i, group in zip(batch, found, strict=True):
-                        groups[i] = group
+                for i, group in zip(batch, found, strict=True):
+                    groups[i] = group
         written = sum(completion.tokens for group in groups for completion in group)
         self.count(sum(map(len, prompts)), written)
         return groups
+
+    def _decode_in_flight(
+        self, prompts, counts, seeds, *, temperature: float, max_new_tokens: int, top_p: float = 1.0
+    ) -> list[list[Completion]]:
+        try:
+            with self.lock:
+                if self.stopped:
+                    raise FlightError("stopped")
+                if self.flight is None:
+                    self.flight = Flight(self.model, self.tokenizer, top_p)
+                flight = self.flight
+            if flight.top_p != top_p:
+                raise ValueError(f"top_p {top_p} in a session with {flight.top_p}")
+            jobs = []
+            for prompt, count, seed in zip(prompts, counts, seeds, strict=True):
+                for number in range(count):
+                    numbers = draw_numbers(seed, number, max_new_tokens).tolist() if temperature else []
+                    jobs.append(flight.ask(prompt, numbers, temperature, max_new_tokens))
+            rows = [job.result() for job in jobs]
+        except Exception as error:  # whatever it is, plain decoding is at hand
+            with self.lock:
+                said, self.continuous = not self.continuous or self.stopped, self.continuous and self.stopped
+            if not said:
+                reason = "" if isinstance(error, FlightError) else f"{type(error).__name__}: "
+                reason += first_line(error)
+                warn(f"continuous batching failed ({reason}); plain decoding takes over")
+            raise FlightError("stopped") from error
+        with self.busy:
+            ends = set(end_token_ids(self.tokenizer, self.model))
+            completions = (to_completion(self.tokenizer, row, ends) for row in rows)
+            return [[next(completions) for _ in range(count)] for count in counts]
 
     def score(
         self, texts: list[str], owners: list[int], names: list[str], expected: bool, alike: list[str]
@@ -1383,6 +1567,11 @@ class Endpoint(Backend):
         self.key_variable, self.timeout, self.retries = key_variable, timeout, retries
         self.concurrency, self.stopping = concurrency, threading.Event()
         self.pool, self.warned = Threads(concurrency), set()
+
+    @contextlib.contextmanager
+    def session(self, decodes: bool):
+        """As `Backend.session`: `concurrency` rows."""
+        yield self.concurrency
 
     def open(self) -> None:
         """Asks for one token, so that a wrong address, key or model name ends the stage before it begins."""
@@ -1520,6 +1709,7 @@ class Threads:
 
     def __init__(self, number: int):
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self.number = number
         for _ in range(number):
             threading.Thread(target=self._work, daemon=True).start()
 
@@ -1528,9 +1718,13 @@ class Threads:
         self.jobs.put((job, function, arguments))
         return job
 
+    def end(self) -> None:
+        """Lets the threads go once all jobs are done."""
+        for _ in range(self.number):
+            self.jobs.put(None)
+
     def _work(self) -> None:
-        while True:
-            job, function, arguments = self.jobs.get()
+        for job, function, arguments in iter(self.jobs.get, None):
             try:
                 job.set_result(function(*arguments))
             except BaseException as error:  # whoever waits for the job gets it
@@ -1614,77 +1808,98 @@ def make_judge(args, backend: Backend | None) -> Backend:
     return make_backend(args, "judge_")
 
 
-def make_rows(
-    args,
-    title: str,
-    record: dict,
-    output: Path,
-    ids: list[str],
-    sizes: list[tuple[int, int]],
-    backends: list[Backend],
-    work: typing.Callable,
-) -> list[dict] | None:
-    """The rows `ids` of a stage's file, made by `work` where they aren't there yet; None but on process 0.
+class Step(typing.NamedTuple):
+    """What a stage does with each of its rows: on a backend, in batches of the size that suits it.
 
-    sizes: (length in tokens, sequences) of each row, from which `plan_batches` makes batches of the size that
-    suits the first of `backends`. work(batch) takes indices into `ids` and returns a row for each, or None
-    for one that the server refuses; such a row is left out, and counted in the record's facts as "refused".
-    Each row is written as it comes.
+    work(batch) takes indices of rows and returns a row for each, or None for one that a server refuses. Of
+    two steps the first returns rows of "id" and "draft" alone, and work(batch, drafts) of the second gets
+    the drafts.
+    decodes: whether work asks for completions alone; else it also reads scores.
+    """
+
+    title: str
+    backend: Backend
+    work: typing.Callable
+    decodes: bool = True
+
+
+def make_rows(
+    args, record: dict, output: Path, ids: list[str], sizes: list[tuple[int, int]], *steps: Step
+) -> list[dict] | None:
+    """The rows `ids` of a stage's file, made by `steps` where they aren't there yet; None but on process 0.
+
+    sizes: (length in tokens, sequences) of each row, from which `plan_batches` makes batches. A row that a
+    server refuses is left out, and counted in the record's facts as "refused". Each row is written as it
+    comes, a draft too.
     """
     refused = record["facts"].setdefault("refused", 0)
     done = done_rows(args, record, output, len(ids) - refused)
     if record["complete"]:
         ids, sizes = [id for id in ids if id in done], []
     else:
-        for backend in dict.fromkeys(backends):
+        for backend in dict.fromkeys(step.backend for step in steps):
             backend.open()
     begin_rows(args, record, output, done)
     rank, world = processes()
     lengths, counts = [length for length, _ in sizes], [count for _, count in sizes]
-    batches = plan_batches(lengths, counts, backends[0].sequences())[rank::world]
-    made = [id in done for id in ids]
     left_out = set()
-    with (
-        progress(title, batches, made) as bar,
-        open(rows_file(output, rank), "a", encoding="utf-8", newline="\n") as file,
-    ):
-        for i, row in run_batches(backends[0], batches, made, work):
-            if row is None:
-                left_out.add(ids[i])
-            elif ids[i] not in done:
-                done[ids[i]] = row
-                file.write(dump_row(row))
-                file.flush()
-            bar.update(not made[i])
-            bar.set_postfix_str(backends[0].rates())
+    with open(rows_file(output, rank), "a", encoding="utf-8", newline="\n") as file:
+        for step in steps:
+            batches = plan_batches(lengths, counts, step.backend.sequences())[rank::world]
+            batches = [[i for i in batch if ids[i] not in left_out] for batch in batches]
+            made, work = [id in done and not is_draft(done[id]) for id in ids], step.work
+            if step is not steps[-1]:  # a batch is always done whole, so its whole rows need drafts too
+                ended = {i for batch in batches if all(made[i] for i in batch) for i in batch}
+                made = [i in ended or "draft" in done.get(id, ()) for i, id in enumerate(ids)]
+            elif step is not steps[0]:
+                work = lambda batch, work=work: work(batch, [done[ids[i]]["draft"] for i in batch])  # noqa: E731
+            with progress(step.title, batches, made) as bar:
+                start = step.backend.now()
+                for i, row in run_batches(step.backend, batches, made, work, step.decodes):
+                    if row is None:
+                        left_out.add(ids[i])
+                    elif not made[i]:
+                        done[ids[i]] = done.get(ids[i], {}) | row
+                        file.write(dump_row(done[ids[i]]))
+                        file.flush()
+                    bar.update(not made[i])
+                    bar.set_postfix_str(step.backend.rates(start))
     if not record["complete"]:
         record["facts"]["refused"] = len(left_out)
     return finish_rows(record, output, done, [id for id in ids if id not in left_out])
 
 
 def run_batches(
-    backend: Backend, batches: list[list[int]], done: list[bool], work: typing.Callable
+    backend: Backend, batches: list[list[int]], done: list[bool], work: typing.Callable, decodes: bool = True
 ) -> typing.Iterator[tuple[int, typing.Any]]:
     """(index, result) of every index of `batches` in a batch that isn't done, as the results come.
 
     work(batch) returns a result for each index. A local model takes one batch after the other. An endpoint
-    has `concurrency` of them under way; if one fails, no other begins, and those that still end are given
-    before the error is raised.
+    has `concurrency` rows under way, a local model in a `Flight` many; if one fails, no other begins, and
+    those that still end are given before the error is raised. If it is the flight that fails, the rest is
+    done in batches. decodes: see `Step`.
     """
     todo = [batch for batch in batches if not all(done[i] for i in batch)]
-    if not backend.concurrency:
-        for batch in todo:
-            yield from zip(batch, work(batch), strict=True)
-        return
-    threads, failure = Threads(backend.concurrency), None
-    jobs = {threads.submit(work, batch): batch for batch in todo}
-    for job in futures.as_completed(jobs):
-        if job.exception() is None:
-            yield from zip(jobs[job], job.result(), strict=True)
-        else:
-            failure = failure or job.exception()
-            backend.stop()
-    if failure:
+    failure, came = None, set()
+    with backend.session(decodes and bool(todo)) as concurrency:
+        if not concurrency:
+            for batch in todo:
+                yield from zip(batch, work(batch), strict=True)
+            return
+        threads = Threads(concurrency)
+        jobs = {threads.submit(work, [i]): i for batch in todo for i in batch if not done[i]}
+        threads.end()
+        for job in futures.as_completed(jobs):
+            if job.exception() is None:
+                came.add(jobs[job])
+                yield jobs[job], job.result()[0]
+            else:
+                failure = failure or job.exception()
+                backend.stop()
+    if isinstance(failure, FlightError):
+        made = [already or i in came for i, already in enumerate(done)]
+        yield from run_batches(backend, batches, made, work, decodes)
+    elif failure:
         raise failure
 
 

@@ -1,18 +1,23 @@
 """Stage 1's sampling against transformers' generate: the same model, prompts and settings, in one run.
 
     stage 1     as 01_sample.py has it: longest first, each prompt read once (a GPU: continuous batching)
+    plain loop  the same without continuous batching, where stage 1 has it
     batches     generate, 8 sequences at a time in file order
     one by one  generate, one prompt at a time with num_return_sequences
 
 Useful tokens are those of the responses, up to the end token; what a finished row waits for others is not.
+With --shape the weights and prompts are random, and a response ends at every token with the same chance, so
+that lengths are uneven without a model at hand.
 
     writes  nothing but what it prints: useful tokens/s of each turn, medians and ratios
     run     python bench/generate.py
+            python bench/generate.py --shape 8b --prompts 64 --n 5 --max_new_tokens 256 --slow_repeats 0
 """
 
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 import time
@@ -25,11 +30,34 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from common import arg  # noqa: E402
 
+# of Llama 3.1 8B; tiny is for tests
+SHAPES = {
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+PROMPT_TOKENS = (64, 256)  # fewest and most of a random prompt
+
 
 @dataclass
 class Args:
     model: str = arg(common.DEFAULT_MODEL, "model to sample from")
-    prompts: int = arg(48, "prompts of data/high_stakes.jsonl")
+    shape: str | None = arg(None, "random weights of this shape instead", tuple(SHAPES))
+    mean_length: int = arg(128, "of responses with --shape; 0: all have --max_new_tokens")
+    prompts: int = arg(48, "prompts of data/high_stakes.jsonl, or random ones with --shape")
     n: int = arg(3, "responses a prompt")
     max_new_tokens: int = arg(128, "longest response")
     temperature: float = arg(1.0, "sampling temperature")
@@ -65,25 +93,54 @@ def plain_generate(model, tokenizer, rows: list[list[int]], copies: int, args: A
     return useful
 
 
+def random_model(shape: dict, mean_length: int):
+    """(model, tokenizer) with random weights, on a GPU in bfloat16; a share of the tokens ends a response."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = transformers.LlamaConfig(**shape, max_position_embeddings=4096, bos_token_id=None)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    ends = round(shape["vocab_size"] / mean_length) if mean_length else 1  # the one is hardly ever drawn
+    model.generation_config.eos_token_id = list(range(ends))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape["vocab_size"])}, unk_token="w1"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0")
+    return model.eval(), tokenizer
+
+
 def main(args: Args) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    backend = common.LocalModel(args.model, continuous=True, batch_size=args.batch_size)
-    backend.open()
-    tokenizer, model = backend.tokenizer, backend.model
-    lines = common.read_lines(ROOT / "data" / "high_stakes.jsonl")
-    prompts = [json.loads(line)["prompt"] for _, line in lines][: args.prompts]
-    encoded = [common.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    how = {"continuous": torch.cuda.is_available(), "batch_size": args.batch_size}
+    if args.shape:
+        model, tokenizer = random_model(SHAPES[args.shape], args.mean_length)
+        backend = common.LocalModel.of(model, tokenizer, args.shape, **how)
+        drawn, size = random.Random(0), SHAPES[args.shape]["vocab_size"]
+        lengths = [drawn.randint(*PROMPT_TOKENS) for _ in range(args.prompts)]
+        encoded = [[drawn.randrange(size // 2, size) for _ in range(length)] for length in lengths]
+    else:
+        backend = common.LocalModel(args.model, **how)
+        backend.open()
+        model, tokenizer = backend.model, backend.tokenizer
+        lines = common.read_lines(ROOT / "data" / "high_stakes.jsonl")
+        prompts = [json.loads(line)["prompt"] for _, line in lines][: args.prompts]
+        encoded = [common.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+    groups = common.plan_batches([len(ids) for ids in encoded], [args.n] * len(encoded), backend.sequences())
 
-    def stage() -> int:
-        before = backend.tokens_out
+    def sample(batch: list[int]) -> list:
+        return backend.decode([encoded[i] for i in batch], [args.n] * len(batch), batch, **options)
+
+    def stage(continuous: bool) -> int:
+        before, backend.continuous = backend.tokens_out, continuous
         common.speed_up_attention(model)
-        counts = [args.n] * len(encoded)
-        options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-        for batch in common.plan_batches([len(ids) for ids in encoded], counts, backend.sequences()):
-            backend.decode([encoded[i] for i in batch], [args.n] * len(batch), batch, **options)
+        for _ in common.run_batches(backend, groups, [False] * len(encoded), sample):
+            pass
         model.set_attn_implementation("sdpa")  # the others have transformers' own
         return backend.tokens_out - before
 
@@ -94,16 +151,23 @@ def main(args: Args) -> None:
     def one_by_one() -> int:
         return sum(plain_generate(model, tokenizer, [ids], args.n, args) for ids in encoded)
 
-    rates: dict[str, list[float]] = {"stage 1": [], "batches": [], "one by one": []}
+    with backend.session(decodes=True):  # tries continuous batching
+        continuous = backend.continuous
+    works = {"stage 1": lambda: stage(continuous), "batches": batches, "one by one": one_by_one}
+    if continuous:
+        works["plain loop"] = lambda: stage(False)
+    rates: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(args.repeats):
-        for (name, values), work in zip(rates.items(), (stage, batches, one_by_one), strict=True):
-            if work is one_by_one and turn >= args.slow_repeats:
+        for name, work in works.items():
+            if name == "one by one" and turn >= args.slow_repeats:
                 continue
             started = time.time()
-            values.append(work() / (time.time() - started))
-            print(f"  {name}: {values[-1]:.1f} useful tokens/s", flush=True)
+            rates[name].append(work() / (time.time() - started))
+            print(f"  {name}: {rates[name][-1]:.1f} useful tokens/s", flush=True)
     ours = statistics.median(rates["stage 1"])
-    print(f"{args.model}, {len(encoded)} prompts × {args.n}, up to {args.max_new_tokens} tokens")
+    print(
+        f"{args.shape or args.model}, {len(encoded)} prompts × {args.n}, up to {args.max_new_tokens} tokens"
+    )
     for name, values in rates.items():
         if not values:
             continue

@@ -125,7 +125,7 @@ class Args:
     device_map: str | None = arg(
         None, "auto spreads a model too large for one GPU over all", ("auto", "balanced", "sequential")
     )
-    continuous_batching: bool = arg(True, "on a GPU where it works: transformers' generate_batch")
+    continuous_batching: bool = arg(True, "on a GPU where it works: transformers' own")
     batch_size: int = arg(16, "answers or judgments written at a time (ours)")
     concurrency: int = arg(32, "requests under way at the judge's endpoint")
     request_timeout: float = arg(600.0, "seconds that an endpoint may take for an answer")
@@ -246,17 +246,20 @@ def answer_questions(args: Args, backend, name: str, rows: list[dict], done: dic
     with tqdm(total=len(rows), initial=len(rows) - missing, unit="question", desc=f"answers {name}") as bar:
         for group in groups.values():
             lengths = [len(encode_conversation(backend.tokenizer, row["turns"][:1])) for row in group]
-            for batch in common.plan_batches(lengths, [1] * len(group), backend.sequences()):
-                chosen = [group[i] for i in batch]
-                if all(row["key"] in done for row in chosen):
-                    continue
-                for row, answer in zip(chosen, answer_batch(args, backend, chosen), strict=True):
-                    if row["key"] not in done:
-                        about = {"key": row["key"], "model": name, "question_id": row["question_id"]}
-                        done[row["key"]] = about | {"category": row["category"]} | answer
-                        file.write(common.dump_row(done[row["key"]]))
-                        bar.update()
-                file.flush()
+            made = [row["key"] in done for row in group]
+
+            def work(batch: list[int], group=group) -> list[dict]:
+                return answer_batch(args, backend, [group[i] for i in batch])
+
+            batches = common.plan_batches(lengths, [1] * len(group), backend.sequences())
+            for i, answer in common.run_batches(backend, batches, made, work):
+                if not made[i]:
+                    row = group[i]
+                    about = {"key": row["key"], "model": name, "question_id": row["question_id"]}
+                    done[row["key"]] = about | {"category": row["category"]} | answer
+                    file.write(common.dump_row(done[row["key"]]))
+                    file.flush()
+                    bar.update()
                 bar.set_postfix_str(backend.rates())
 
 

@@ -228,7 +228,8 @@ def main(args: Args) -> None:
         return rows
 
     ids, sizes = [item[0] for item in items], [(sum(map(len, item[2:])), 1) for item in items]
-    rows = common.make_rows(args, "pairwise", record, output, ids, sizes, [judge], compare)
+    step = common.Step("pairwise", judge, compare, decodes=args.read == "json")
+    rows = common.make_rows(args, record, output, ids, sizes, step)
     if rows is None:
         return
 

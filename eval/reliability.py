@@ -244,7 +244,9 @@ def repeated_scores(args: Args, run: shared.Run) -> tuple[list[dict], common.Bac
     ids = [row["id"] for row in run.rows]
     sizes = [(max(len(r["text"]) for r in row["responses"]), len(row["responses"])) for row in run.rows]
     work = functools.partial(score_again, own, run, judge, mode, objectives)
-    rows = common.make_rows(own, f"reliability of {run.name}", record, output, ids, sizes, [judge], work)
+    free = args.how == "sampled" or mode == "json"
+    step = common.Step(f"reliability of {run.name}", judge, work, decodes=free)
+    rows = common.make_rows(own, record, output, ids, sizes, step)
     return None if rows is None else (rows, judge)
 
 

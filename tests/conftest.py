@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -146,6 +146,15 @@ def run_script(script: str, *arguments, **options) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
+def wait(condition) -> None:
+    """Until the condition holds, five seconds at most."""
+    for _ in range(100):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("nothing happened in 5 seconds")
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -166,13 +175,3 @@ def scored_row(id: str, candidates: list, refined, texts: list[str] | None = Non
         "responses": responses,
         "refined": {"text": f"{id} refined", "scores": refined},
     }
-
-
-def local(model, tokenizer) -> common.LocalModel:
-    """The backend of a model that is in memory already."""
-    backend = common.LocalModel.__new__(common.LocalModel)
-    common.Backend.__init__(backend, "tiny")
-    backend.model, backend.tokenizer, backend.busy = model, tokenizer, threading.Lock()
-    backend.context, backend.continuous = common.context_length(model.config), False
-    backend.batch_size, backend.trunk = 72, {}
-    return backend

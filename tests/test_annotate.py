@@ -16,7 +16,7 @@ from pathlib import Path
 import annotate
 import pytest
 import shared
-from conftest import scored_row, write_rows
+from conftest import scored_row, wait, write_rows
 
 OBJECTIVES = [["Harmlessness", "Safe and neutral."], ["Helpfulness", "Addresses what is asked."]]
 DIMENSIONS = [name for name, _ in OBJECTIVES]
@@ -708,14 +708,6 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     chromium.driver.refresh()
     assert not chromium.driver.find_element("id", "warning").is_displayed()
     assert chromium.errors() == []
-
-
-def wait(condition) -> None:
-    for _ in range(100):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("nothing happened in 5 seconds")
 
 
 def test_hostile_text_is_shown_and_nothing_runs(study, chromium):

@@ -15,6 +15,16 @@ def test_generate(tiny):
     assert all(float(rate) > 0 for _, rate in rates)
 
 
+def test_generate_with_random_weights():
+    options = ("--prompts", 3, "--n", 2, "--max_new_tokens", 20, "--repeats", 1, "--slow_repeats", 0)
+    for mean_length in (4, 0):
+        shape = ("--shape", "tiny", "--mean_length", mean_length)
+        done = run_script("bench/generate.py", *shape, *options)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert re.findall(r"^  (\S.*?) +[\d.]+ useful", done.stdout, re.M) == ["stage 1", "batches"]
+        assert "tiny, 3 prompts × 2, up to 20 tokens" in done.stdout
+
+
 def test_train_against_trl(tiny):
     """Also a test of stage 6: its loss and gradient are those of TRL's whole trainer, tokens and all."""
     pytest.importorskip("trl")

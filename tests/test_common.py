@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import local, make_kind, make_model, make_tokenizer
+from conftest import make_kind, make_model, make_tokenizer, wait
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -239,7 +239,7 @@ def test_layers_moved_by_hooks_give_the_same_answers(tiny, tmp_path):
 
     def answers():
         judged = {"score_mode": "expected", "with_instruction": True, "seeds": [0, 1, 2]}
-        backend = local(model, tokenizer)
+        backend = common.LocalModel.of(model, tokenizer)
         sampled = backend.complete(requests, temperature=1.0, max_new_tokens=8)
         return sampled, common.judge(backend, items, OBJECTIVES, **judged)
 
@@ -413,7 +413,7 @@ def test_scores_equal_plain_full_forward_passes(kind, seed):
     prompts = [common.encode_prompt(tokenizer, text) for text in texts]
     plain = [whole_string_scores(model, tokenizer, ids, NAMES) for ids in prompts]
     options = {"with_instruction": True, "seeds": list(range(99))}
-    judge = local(model, tokenizer)
+    judge = common.LocalModel.of(model, tokenizer)
     constrained = common.judge(judge, items, OBJECTIVES, score_mode="constrained", **options)
     assert constrained == [chosen for chosen, _ in plain]
     expected = common.judge(judge, items, OBJECTIVES, score_mode="expected", **options)
@@ -445,7 +445,7 @@ def test_ten_can_win(kind):
 
 def test_nothing_to_judge_is_no_score(tiny):
     """A batch whose responses all exceed the context: they stay null."""
-    judge = local(*load(tiny()))
+    judge = common.LocalModel.of(*load(tiny()))
     for mode in common.SCORE_MODES:
         options = {"score_mode": mode, "with_instruction": True, "seeds": [0, 1]}
         assert common.judge(judge, [], OBJECTIVES, **options) == []
@@ -453,7 +453,7 @@ def test_nothing_to_judge_is_no_score(tiny):
 
 
 def test_free_answers_are_asked_again_twice_then_null(monkeypatch, tiny):
-    judge = local(*load(tiny()))
+    judge = common.LocalModel.of(*load(tiny()))
     asked = []
 
     def fake(model, tokenizer, prompts, counts, seeds, *, temperature, max_new_tokens, top_p):
@@ -504,69 +504,137 @@ def continuous(tiny, monkeypatch):
 
 
 def test_continuous_batching_writes_what_generate_writes(continuous):
+    """Greedy and sampled, whatever else is under way: each sequence draws with its own numbers."""
     model, tokenizer = continuous
-    prompts = [common.encode_prompt(tokenizer, text) for text in ("Hi", "What is the harm of it?", "No")]
-    options = {"temperature": 0.0, "max_new_tokens": 12}
-    plain = common.generate(model, tokenizer, prompts, [1, 2, 1], [0] * 3, **options)
-    assert common.generate_continuously(model, tokenizer, prompts, [1, 2, 1], [0] * 3, **options) == plain
-    assert model.config._attn_implementation == "sdpa", "scoring goes on with the model as it was"
-    assert common.generate(model, tokenizer, prompts, [1, 2, 1], [0] * 3, **options) == plain
+    texts = ["Hi", "What is the harm of it?", "No", "So " * 40]
+    prompts = [common.encode_prompt(tokenizer, text) for text in texts]
+    model.set_attn_implementation("eager")
+    flight = common.Flight(model, tokenizer)
+    jobs = {}
+    for temperature in (1.0, 0.0, 0.3):
+        for i, prompt in enumerate(prompts):
+            for j in range(3):
+                numbers = common.draw_numbers(i, j, 12).tolist() if temperature else []
+                jobs[temperature, i, j] = flight.ask(prompt, numbers, temperature, 12)
+    found = {key: job.result(timeout=60) for key, job in jobs.items()}
+    flight.close()
+    assert model.config._attn_implementation == "eager", "scoring goes on with the model as it was"
+    with pytest.raises(common.FlightError):
+        flight.ask(prompts[0], [], 0.0, 4)
+    ends = common.end_token_ids(tokenizer, model)
+    for temperature in (1.0, 0.0, 0.3):
+        options = {"temperature": temperature, "max_new_tokens": 12}
+        plain = common.generate(model, tokenizer, prompts, [3] * 4, [0, 1, 2, 3], **options)
+        for i, group in enumerate(plain):
+            rows = [found[temperature, i, j] for j in range(3)]
+            assert [common.to_completion(tokenizer, row, ends) for row in rows] == group, (temperature, i)
+    assert len({tuple(row) for (temperature, _, _), row in found.items() if temperature == 1.0}) == 12
     assert common.continuous_batching_works(model, tokenizer)
-    sampled = {"temperature": 1.0, "max_new_tokens": 8}
-    first = common.generate_continuously(model, tokenizer, prompts, [4] * 3, [1] * 3, **sampled)
-    assert first == common.generate_continuously(model, tokenizer, prompts, [4] * 3, [1] * 3, **sampled)
-    assert first != common.generate_continuously(model, tokenizer, prompts, [4] * 3, [2] * 3, **sampled)
-    assert len({completion.text for group in first for completion in group}) > 8
 
 
-@pytest.mark.parametrize(
-    "fault", ["raises", "wrong answers", "temperature dropped", "top_p dropped", "missing"]
-)
+@pytest.mark.parametrize("fault", ["raises", "wrong answers", "temperature", "top_p", "numbers", "attention"])
 def test_continuous_batching_that_does_not_work_is_not_used(continuous, capsys, monkeypatch, fault):
     model, tokenizer = continuous
-    whole = type(model).generate_batch
+    init, ask, draw = common.Flight.__init__, common.Flight.ask, common.draw_tokens
 
-    def faulty(inputs, generation_config, **options):
+    def faulty_init(self, model, tokenizer, top_p, **options):
         if fault == "raises":
             raise NotImplementedError("no paged attention here\nat all")
-        if fault == "temperature dropped":
-            generation_config.temperature = 1.0
-        if fault == "top_p dropped":
-            generation_config.top_p = 1.0
-        outputs = whole(model, inputs, generation_config=generation_config, **options)
-        if fault == "wrong answers":
-            for output in outputs.values():
-                output.generated_tokens = [9, 9]
-        return dict(list(outputs.items())[1:]) if fault == "missing" else outputs
+        init(self, model, tokenizer, 1.0 if fault == "top_p" else top_p, **options)
+        if fault == "attention":
+            self.attention = "eager"
 
-    monkeypatch.setattr(model, "generate_batch", faulty, raising=False)
+    def faulty_ask(self, prompt, numbers, temperature, max_new_tokens):
+        numbers = numbers[::-1] if fault == "numbers" else numbers
+        job = ask(self, prompt, numbers, 1.0 if fault == "temperature" else temperature, max_new_tokens)
+        if fault == "wrong answers":
+            job.result = lambda timeout: [9, 9, 9]
+        return job
+
+    monkeypatch.setattr(common.Flight, "__init__", faulty_init)
+    monkeypatch.setattr(common.Flight, "ask", faulty_ask)
     assert not common.continuous_batching_works(model, tokenizer)
+    assert common.draw_tokens is draw
     err = capsys.readouterr().err
     assert err.count("continuous batching is not used") == 1 and len(err.strip().splitlines()) == 1, err
 
 
-def test_continuous_batching_that_fails_on_the_way_loses_nothing(tiny, capsys, monkeypatch):
-    """Plain decoding takes over, in batches of the usual size; the answers are those of plain decoding."""
+def in_flight(model, tokenizer) -> common.LocalModel:
+    """A backend that uses continuous batching, as on a GPU."""
+    backend = common.LocalModel.of(model, tokenizer)
+    backend.continuous = backend.probed = True
+    return backend
 
-    def fail(*args, **options):
-        raise RuntimeError("out of blocks\nlong story")
 
-    backend, asked, generate = local(*load(tiny())), [], common.generate
-    monkeypatch.setattr(common, "generate_continuously", fail)
-    monkeypatch.setattr(
-        common, "generate", lambda *a, **options: asked.append(sum(a[3])) or generate(*a, **options)
-    )
-    requests = [common.Request("So " * length, None, 2, length) for length in (3, 9, 1, 4, 7)]
-    options = {"temperature": 1.0, "max_new_tokens": 6}
-    plain = backend.complete(requests, **options)
-    backend.continuous, backend.batch_size = True, 4
-    assert backend.complete(requests, **options) == plain and not backend.continuous
-    assert backend.complete(requests, **options) == plain
-    assert asked == [10, 4, 4, 2, 4, 4, 2]
+def test_a_flight_takes_rows_from_many_threads_and_gives_the_model_back(continuous):
+    model, tokenizer = continuous
+    backend, options = in_flight(model, tokenizer), {"temperature": 1.0, "max_new_tokens": 10}
+    requests = [common.Request("So " * (i % 7), None, 1 + i % 3, i) for i in range(30)]
+    plain = common.LocalModel.of(model, tokenizer).complete(requests, **options)
+    batches = [list(range(i, i + 10)) for i in (0, 10, 20)]
+    done = [i in (3, 15) for i in range(30)]
+    sizes = []
+
+    def work(batch):
+        sizes.append(len(batch))
+        return backend.complete([requests[i] for i in batch], **options)
+
+    found = dict(common.run_batches(backend, batches, done, work))
+    assert found == {i: plain[i] for i in range(30) if not done[i]} and set(sizes) == {1}
+    assert backend.flight is None and model.config._attn_implementation == "sdpa"
+    assert backend.complete(requests, **options) == plain, "without a session of its own"
+    assert backend.flight is None and backend.continuous
+    assert dict(common.run_batches(backend, batches, done, work, decodes=False)).keys() == set(range(30))
+    assert set(sizes) == {1, 10}, "a step that reads scores has its batches"
+
+
+def test_continuous_batching_that_fails_on_the_way_loses_nothing(continuous, capsys, monkeypatch):
+    """Plain decoding takes over, in batches as planned; rows that had come are not made again."""
+    model, tokenizer = continuous
+    backend, options = in_flight(model, tokenizer), {"temperature": 1.0, "max_new_tokens": 10}
+    requests = [common.Request("So " * (i % 7), None, 2, i) for i in range(30)]
+    plain = common.LocalModel.of(model, tokenizer).complete(requests, **options)
+    ask, asked, sizes, came = common.Flight.ask, [], [], []
+
+    def fail_later(self, *arguments):
+        asked.append(arguments)
+        if len(asked) > 20:
+            wait(lambda: len(came) >= 5)
+            self.manager.batch_processor._generation_step = None  # an error of the loop itself
+        return ask(self, *arguments)
+
+    def work(batch):
+        sizes.append(len(batch))
+        return backend.complete([requests[i] for i in batch], **options)
+
+    monkeypatch.setattr(common.Flight, "ask", fail_later)
+    monkeypatch.setattr(common, "ROWS_IN_FLIGHT", 10)
+    batches = [list(range(i, i + 10)) for i in (0, 10, 20)]
+    found = {}
+    for i, group in common.run_batches(backend, batches, [False] * 30, work):
+        came.append(i)
+        found[i] = group
+    assert found == dict(enumerate(plain)) and 1 in sizes and 10 in sizes
+    assert not backend.continuous and backend.flight is None
+    assert model.config._attn_implementation == "sdpa"
     error = capsys.readouterr().err
-    assert (
-        error.count("continuous batching failed (RuntimeError: out of blocks)") == 1 and "story" not in error
-    )
+    assert error.count("continuous batching failed (") == 1 and len(error.strip().splitlines()) == 1, error
+    backend.continuous = True  # the same without a session
+    assert backend.complete(requests, **options) == plain and not backend.continuous
+
+
+def test_an_error_of_the_work_ends_the_flight_and_is_raised(continuous, capsys):
+    model, tokenizer = continuous
+    backend = in_flight(model, tokenizer)
+
+    def work(batch):
+        if batch == [3]:
+            raise common.UserError("this row is bad")
+        return backend.complete([common.Request("So", None, 1, 0)], temperature=1.0, max_new_tokens=4)
+
+    with pytest.raises(common.UserError, match="this row is bad"):
+        list(common.run_batches(backend, [list(range(20))], [False] * 20, work))
+    assert backend.continuous and backend.flight is None and capsys.readouterr().err == ""
 
 
 def test_attention_without_copies_is_attention(tiny):
@@ -602,7 +670,7 @@ OTHERS = [["Other", "words"], ["Names", "here"]]
 
 
 def test_scores_are_read_in_any_chunks(tiny, monkeypatch):
-    judge = local(*load(tiny()))
+    judge = common.LocalModel.of(*load(tiny()))
     items = [("Hi", "a " * n) for n in (9, 1, 5)] + [("What is it?", "b " * n) for n in (3, 30)]
     options = {"with_instruction": True, "seeds": [0] * 5, "score_mode": "expected"}
     whole = common.judge(judge, items, OBJECTIVES, **options)
@@ -619,7 +687,7 @@ def test_scores_are_read_in_any_chunks(tiny, monkeypatch):
     found = common.judge(judge, items, OBJECTIVES, **options)
     assert judge.tokens_in - asked < len(judge.trunk["tokens"]), "what all share is kept between batches"
     again = common.judge(judge, items, OTHERS, **options)
-    fresh = common.judge(local(judge.model, judge.tokenizer), items, OTHERS, **options)
+    fresh = common.judge(common.LocalModel.of(judge.model, judge.tokenizer), items, OTHERS, **options)
     assert np.array(again) == pytest.approx(np.array(fresh), abs=1e-5), "other names: read anew"
     assert common.even_chunks([3, 9, 1, 4, 20], 12) == [[4], [1], [3, 0, 2]]
 
@@ -649,7 +717,10 @@ def test_constrained_scores_are_those_of_a_model_that_writes_its_json():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    judge, options = local(model, tokenizer), {"with_instruction": True, "seeds": list(range(6))}
+    judge, options = (
+        common.LocalModel.of(model, tokenizer),
+        {"with_instruction": True, "seeds": list(range(6))},
+    )
     free = common.judge(judge, items, OBJECTIVES, score_mode="json", **options)
     assert free == wanted, "it writes what it was taught"
     assert common.judge(judge, items, OBJECTIVES, score_mode="constrained", **options) == free
@@ -682,7 +753,7 @@ def test_windows_and_recurrent_layers_are_read_and_sampled_as_they_should(kind):
     texts = [common.judge_prompt(OBJECTIVES, *item, True) for item in items]
     rows = [common.encode_prompt(tokenizer, text) for text in texts]
     options = {"with_instruction": True, "seeds": [0] * 3, "score_mode": "expected"}
-    found = common.judge(local(model, tokenizer), items, OBJECTIVES, **options)
+    found = common.judge(common.LocalModel.of(model, tokenizer), items, OBJECTIVES, **options)
     for row, pair in zip(rows, found, strict=True):
         assert pair == pytest.approx(whole_string_scores(model, tokenizer, row, NAMES)[1], abs=1e-4)
     prompts, seeds = [[5, 6, 7], list(range(9, 60)), [8]], [0, 1, 2]
@@ -734,10 +805,13 @@ def test_a_score_does_not_depend_on_what_was_scored_before(tiny):
     """Else a resumed run's file could differ from that of a run in one go by a rounding."""
     items = [("Hi", "a " * n) for n in (9, 1)] + [("What?", "b " * n) for n in (3, 30)] + [("\n\nSo", "c")]
     options = {"with_instruction": True, "seeds": [0] * 2, "score_mode": "expected"}
-    judge, parts = local(*load(tiny())), [items[:2], items[4:], items[2:4]]
+    judge, parts = common.LocalModel.of(*load(tiny())), [items[:2], items[4:], items[2:4]]
     in_one_go = [common.judge(judge, part, OBJECTIVES, **options) for part in parts]
     for part, scores in zip(parts, in_one_go, strict=True):
-        assert common.judge(local(judge.model, judge.tokenizer), part, OBJECTIVES, **options) == scores
+        assert (
+            common.judge(common.LocalModel.of(judge.model, judge.tokenizer), part, OBJECTIVES, **options)
+            == scores
+        )
 
 
 @pytest.mark.parametrize(("lengths", "limit"), [([9, 9, 1, 1], 999), ([500, 499, 2, 2], 999), ([3], 1)])

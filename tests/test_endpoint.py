@@ -9,7 +9,7 @@ import time
 
 import huggingface_hub
 import pytest
-from chat_server import TROUBLE, ChatServer
+from chat_server import TROUBLE, ChatServer, answer
 from conftest import read_rows, write_rows
 from forked import Launch
 
@@ -104,9 +104,12 @@ def test_a_server_that_dies_loses_nothing(good, tmp_path, call):
         with ChatServer() as server:  # at another port, and with more patience
             code, _, err = call(stage, *options_of(stage, tmp_path, server, "--concurrency", 3))
             assert code == 0, err
-            asked = {request["messages"][-1]["content"] for _, _, request in server.received}
         assert (tmp_path / file).read_bytes() == (good / file).read_bytes()
-        assert not any(row["prompt"] == prompt for row in kept for prompt in asked), "asked for again"
+        asked = [body["messages"][-1]["content"] for _, _, body in server.received[1:]]  # after the greeting
+        if stage == "03_refine":
+            asked = [text for text in asked if not text.startswith("You are an impartial AI judge")]
+            assert all(row.keys() == {"id", "draft"} for row in kept), "the first server wrote no score"
+        assert len(asked) == (2 if stage == "03_refine" else 3) * (PROMPTS - len(kept)), "asked for again"
 
 
 def test_a_server_that_is_not_there(tmp_path, call):
@@ -145,6 +148,14 @@ def test_refused_prompts_are_left_out_and_counted(good, tmp_path, call):
         row["id"] for row in read_rows(tmp_path / "02_scores.jsonl") if not row["responses"][0]["scores"]
     }
     assert nulls == {"p3"} and re.search(r"answer not readable \(null\) +3\n", out)
+
+
+def test_a_server_that_is_greedy_is_noticed(tmp_path, call):
+    for text, warned in ((lambda body: "always this", True), (answer, False)):
+        with ChatServer(answer=text) as server:
+            options = options_of("01_sample", tmp_path / str(warned), server)
+            code, _, err = call("01_sample", *options)
+        assert code == 0 and ("all responses to a prompt are the same" in err) == warned, err
 
 
 def test_the_key_is_sent_and_never_shown(tmp_path, call, monkeypatch):

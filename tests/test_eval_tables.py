@@ -14,7 +14,7 @@ import reliability
 import rv
 import shared
 from chat_server import ChatServer
-from conftest import local, make_model, make_tokenizer, read_rows, scored_row, write_rows
+from conftest import make_model, make_tokenizer, read_rows, scored_row, write_rows
 
 import common
 
@@ -324,7 +324,7 @@ def test_constrained_verdicts_equal_plain_forward_passes(kind):
     tokenizer = make_tokenizer(kind)
     model = make_model(len(tokenizer))
     texts = [pairwise.pairwise_prompt(["Harm", "none"], "p", "a " * n, "b") for n in (1, 30, 7)]
-    found = pairwise.read_verdicts(local(model, tokenizer), texts)
+    found = pairwise.read_verdicts(common.LocalModel.of(model, tokenizer), texts)
     for text, verdict in zip(texts, found, strict=True):
         ids = common.encode_prompt(tokenizer, text)
         steps = []
