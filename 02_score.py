@@ -53,7 +53,7 @@ class Args:
         ("auto", "balanced", "sequential"),
     )
     continuous_batching: bool = arg(
-        True, "on a GPU where it works: transformers' generate_batch, with a seed a batch, not a response"
+        True, "with --score_mode json, on a GPU where it works: transformers' own"
     )
     batch_size: int = arg(72, "responses judged at a time (ours)")
     concurrency: int = arg(32, "requests under way at an endpoint")

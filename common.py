@@ -1187,17 +1187,15 @@ class Flight:
         self.top_p, self.lock, self.model = top_p, threading.Lock(), model
         self.attention = model.config._attn_implementation
         self.jobs: dict[str, futures.Future] = {}
-        self.asked, self.failure = 0, None
-        self.manager = model.init_continuous_batching(config, how)
+        self.asked, self.failure, self.manager = 0, None, None
         try:
+            self.manager = model.init_continuous_batching(config, how)
             if "flash" not in model.config._attn_implementation:
                 how = self.manager.continuous_batching_config
                 how.max_requests_per_batch = min(how.max_requests_per_batch, DENSE_FLIGHT)
             warper = processors.ContinuousBatchingTemperatureLogitsWarper(TemperatureLogitsWarper(1.0))
-            chain = processors.ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
-            chain.logits_processor = LogitsProcessorList([warper, Draw()])
-            chain.tensors_required, chain.do_processing = 2, True
-            chain._retrieve_processors_kwargs()
+            chain = processors.ContinuousBatchingLogitsProcessorList(LogitsProcessorList([warper, Draw()]))
+            chain.tensors_required = 2  # a row of integers for each
             self.manager.logit_processor = chain
             self.manager.warmup()
             self.manager.start()
@@ -1250,8 +1248,9 @@ class Flight:
     def close(self) -> None:
         """Gives the model back as it was; what is still under way fails."""
         try:
-            self.manager.stop(block=True, hard_stop=True)
-            self.manager.destroy()
+            if self.manager:
+                self.manager.stop(block=True, hard_stop=True)
+                self.manager.destroy()
         finally:
             self.model.set_attn_implementation(self.attention)  # scores are read through the plain one
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, STAGES, read_rows, run_script, write_rows
 
 import common
+from common import UserError
 
 PROMPTS = [
     {"id": f"p{i}", "prompt": f"Question {i}: " + "is it safe to say so? " * (i % 4 + 1)} for i in range(9)
@@ -149,6 +150,33 @@ def test_resumes_from_every_row_and_any_byte(finished, tmp_path, call, stage):
         code, _, err = call(stage, *arguments)
         assert code == 0, err
         assert output.read_bytes() == whole
+
+
+def test_refined_texts_wait_for_their_scores(finished, tmp_path, call, monkeypatch):
+    """An error while stage 3 scores loses no refined text."""
+    run_dir, arguments = copy_run(finished, tmp_path, "03_refine")
+    output, judge, called = tmp_path / "03_refined.jsonl", common.judge, []
+
+    def judge_once(*options, **named):
+        called.append(1)
+        if len(called) > 1:
+            raise UserError("no more")
+        return judge(*options, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "judge", judge_once)
+        assert call("03_refine", *arguments)[0] == 2
+    rows = read_rows(output)
+    drafts = [row for row in rows if common.is_draft(row)]
+    assert {row["id"] for row in drafts} == {row["id"] for row in PROMPTS}
+    assert 0 < len(rows) - len(drafts) < len(PROMPTS), "a batch has its scores"
+    code, _, err = call("04_denoise", "--run_dir", tmp_path)
+    assert code == 2 and "03_refine.py has not finished" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(common.LocalModel, "complete", None)  # nothing is to be written again
+        code, _, err = call("03_refine", *arguments)
+    assert code == 0, err
+    assert output.read_bytes() == (run_dir / "03_refined.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("stage", STAGES)
