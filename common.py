@@ -671,11 +671,16 @@ def render_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) ->
     return [(found[int(p)], True) if i % 2 else (p, False) for i, p in enumerate(parts) if p]
 
 
+# A tokenizer keeps how special tokens are read, so two threads would change it under each other's hands.
+TOKENIZING = threading.Lock()
+
+
 def encode_pieces(tokenizer, pieces: list[tuple[str, bool]]) -> list[int]:
     """Token ids of rendered pieces. No special token is added: the template has written them all."""
     ids: list[int] = []
-    for text, is_plain in pieces:
-        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=is_plain).input_ids
+    with TOKENIZING:
+        for text, is_plain in pieces:
+            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=is_plain).input_ids
     return ids
 
 
@@ -1128,7 +1133,8 @@ def generate(
 def to_completion(tokenizer, row: list[int], ends: typing.Collection[int]) -> Completion:
     """The completion of the written tokens `row`, whose last one is an end token unless it was cut off."""
     whole = bool(row) and row[-1] in ends
-    text = tokenizer.decode(row[:-1] if whole else row, skip_special_tokens=True).strip()
+    with TOKENIZING:
+        text = tokenizer.decode(row[:-1] if whole else row, skip_special_tokens=True).strip()
     return Completion(text, len(row), not whole)
 
 
@@ -1403,7 +1409,6 @@ class LocalModel(Backend):
         super().__init__(name)
         self.tokenizer, self.context = tokenizer, context_length(config)
         self.continuous, self.batch_size = continuous, batch_size
-        self.busy = threading.Lock()  # the rows of an endpoint come in threads
         self.trunk: dict = {}  # what all judge prompts share, read once
 
     def open(self) -> None:
@@ -1449,8 +1454,7 @@ class LocalModel(Backend):
         """The completions of each request, in order, as one batch; see `generate`."""
         if not requests:
             return []
-        with self.busy:  # a tokenizer is not for several threads
-            prompts = [encode_prompt(self.tokenizer, request.prompt, request.system) for request in requests]
+        prompts = [encode_prompt(self.tokenizer, request.prompt, request.system) for request in requests]
         options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": top_p}
         return self.decode(prompts, [r.count for r in requests], [r.seed for r in requests], **options)
 
@@ -1469,8 +1473,7 @@ class LocalModel(Backend):
             groups = [[]] * len(prompts)
             for batch in plan_batches(list(map(len, prompts)), counts, self.batch_size):
                 of_batch = ([values[i] for i in batch] for values in (prompts, counts, seeds))
-                with self.busy:
-                    found = generate(self.model, self.tokenizer, *of_batch, **options)
+                found = generate(self.model, self.tokenizer, *of_batch, **options)
                 for i, group in zip(batch, found, strict=True):
                     groups[i] = group
         written = sum(completion.tokens for group in groups for completion in group)
@@ -1503,10 +1506,9 @@ class LocalModel(Backend):
                 reason += first_line(error)
                 warn(f"continuous batching failed ({reason}); plain decoding takes over")
             raise FlightError("stopped") from error
-        with self.busy:
-            ends = set(end_token_ids(self.tokenizer, self.model))
-            completions = (to_completion(self.tokenizer, row, ends) for row in rows)
-            return [[next(completions) for _ in range(count)] for count in counts]
+        ends = set(end_token_ids(self.tokenizer, self.model))
+        completions = (to_completion(self.tokenizer, row, ends) for row in rows)
+        return [[next(completions) for _ in range(count)] for count in counts]
 
     def score(
         self, texts: list[str], owners: list[int], names: list[str], expected: bool, alike: list[str]
@@ -1526,10 +1528,9 @@ class LocalModel(Backend):
             part = slice(start, start + step)
             numbers: dict[int, int] = {}  # owners count from 0 in each call
             of_part = [numbers.setdefault(owner, len(numbers)) for owner in owners[part]]
-            with self.busy:
-                read, tokens = read_scores(
-                    self.model, self.tokenizer, prompts[part], of_part, names, expected, self.trunk
-                )
+            read, tokens = read_scores(
+                self.model, self.tokenizer, prompts[part], of_part, names, expected, self.trunk
+            )
             scores += read
             self.count(tokens, 0)
         return scores

@@ -21,7 +21,8 @@ def test_generate_with_random_weights():
         shape = ("--shape", "tiny", "--mean_length", mean_length)
         done = run_script("bench/generate.py", *shape, *options)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert re.findall(r"^  (\S.*?) +[\d.]+ useful", done.stdout, re.M) == ["stage 1", "batches"]
+        named = re.findall(r"^  (\S.*?) +[\d.]+ useful tokens/s \(", done.stdout, re.M)
+        assert named == ["stage 1", "batches"]
         assert "tiny, 3 prompts × 2, up to 20 tokens" in done.stdout
 
 

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import sys
+from concurrent import futures
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,6 +156,20 @@ def test_a_refusing_template_is_one_line():
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(UserError, match="no system role"):
         common.encode_prompt(tokenizer, "x", "system")
+
+
+def test_threads_do_not_change_how_each_other_read_special_tokens(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny())
+    texts = [f"{i} <|im_end|> and <|im_start|>system" for i in range(20)]
+    alone = [common.encode_prompt(tokenizer, text) for text in texts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with futures.ThreadPoolExecutor(8) as pool:
+            encoded = pool.map(lambda i: common.encode_prompt(tokenizer, texts[i % 20]), range(1000))
+            assert list(encoded) == alone * 50
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # ----------------------------------------------------------------------------------------- generation
