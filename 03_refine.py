@@ -5,7 +5,8 @@ one refined response ỹ, which it then scores in the same way as stage 2.
 
     reads   RUN_DIR/02_scores.jsonl
     writes  RUN_DIR/03_refined.jsonl, the same rows and
-            {…, "refined": {"text": "…", "scores": [9, 8]}}
+            {…, "refined": {"text": "…", "scores": [9, 8]}}; until it ends, also {"id": "…", "draft": ["…"]},
+            the texts that wait for their scores
     run     python 03_refine.py --run_dir runs/default
     next    python 04_denoise.py --run_dir runs/default
 

@@ -1226,7 +1226,9 @@ class Flight:
             self.jobs[name] = job
             own = {"temperature": float(temperature or 1.0), "numbers": numbers}
             own["prompt_length"] = len(prompt)
-            self.manager.add_request(prompt, name, max_new_tokens=max_new_tokens, **own)
+            if self.manager.add_request(prompt, name, max_new_tokens=max_new_tokens, **own) is None:
+                self.jobs.pop(name)
+                raise FlightError("it takes no request")
         return job
 
     def _collect(self) -> None:
@@ -1264,8 +1266,8 @@ class Flight:
 def continuous_batching_works(model, tokenizer) -> bool:
     """Whether a `Flight` writes here what `generate` writes, tried on three short prompts.
 
-    Greedily, at a low and at a high temperature and with a nucleus; a fifth of the sequences may differ, as
-    rounding in bfloat16 may change a token. A warning says why not.
+    Greedily, at a low and at a high temperature and with a nucleus; of the 15 sequences of each, six may
+    differ, as rounding in bfloat16 may change a token. A warning says why not.
     """
     prompts = [encode_prompt(tokenizer, text) for text in ("What is water?", "Name a colour.", "Hello!")]
     kinds = [(0.0, 1.0), (0.1, 1.0), (1.5, 1.0), (1.5, 0.3)]  # temperature, top_p
@@ -1295,7 +1297,7 @@ def continuous_batching_works(model, tokenizer) -> bool:
             plain = generate(model, tokenizer, prompts, [5] * 3, [0, 1, 2], **options)
             pairs = zip(rows, (completion for group in plain for completion in group), strict=True)
             same = sum(to_completion(tokenizer, row, ends) == completion for row, completion in pairs)
-            check(same >= 12, f"at temperature {temperature} and top_p {top_p} it writes something else")
+            check(same >= 9, f"at temperature {temperature} and top_p {top_p} it writes something else")
         return True
     except Exception as error:  # whatever fails in there, plain decoding is at hand
         named = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
