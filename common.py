@@ -1844,15 +1844,16 @@ def make_rows(
     begin_rows(args, record, output, done)
     rank, world = processes()
     lengths, counts = [length for length, _ in sizes], [count for _, count in sizes]
+    plans = [plan_batches(lengths, counts, step.backend.sequences())[rank::world] for step in steps]
     left_out = set()
     with open(rows_file(output, rank), "a", encoding="utf-8", newline="\n") as file:
-        for step in steps:
-            batches = plan_batches(lengths, counts, step.backend.sequences())[rank::world]
-            batches = [[i for i in batch if ids[i] not in left_out] for batch in batches]
+        for step, plan in zip(steps, plans, strict=True):
+            batches = [[i for i in batch if ids[i] not in left_out] for batch in plan]
             made, work = [id in done and not is_draft(done[id]) for id in ids], step.work
             if step is not steps[-1]:  # a batch is always done whole, so its whole rows need drafts too
-                ended = {i for batch in batches if all(made[i] for i in batch) for i in batch}
-                made = [i in ended or "draft" in done.get(id, ()) for i, id in enumerate(ids)]
+                planned = [batch for plan in plans for batch in plan]
+                todo = {i for batch in planned if not all(made[i] for i in batch) for i in batch}
+                made = [i not in todo or "draft" in done.get(id, ()) for i, id in enumerate(ids)]
             elif step is not steps[0]:
                 work = lambda batch, work=work: work(batch, [done[ids[i]]["draft"] for i in batch])  # noqa: E731
             with progress(step.title, batches, made) as bar:

@@ -252,6 +252,24 @@ def test_another_judge_for_a_local_model(tiny, tmp_path, call):
     assert facts["model"] == tiny() and facts["judge_model"] == tiny("bos")
 
 
+def test_a_local_judge_scores_a_server_s_rows_in_batches(tiny, tmp_path, call, monkeypatch):
+    with ChatServer() as server:
+        for stage in ("01_sample", "02_score"):
+            assert call(stage, *options_of(stage, tmp_path, server))[0] == 0
+        judge, sizes = common.judge, []
+        monkeypatch.setattr(common, "judge", lambda *a, **o: sizes.append(len(a[1])) or judge(*a, **o))
+        options = ("--run_dir", tmp_path, "--judge_model", tiny(), "--score_mode", "expected")
+        options += ("--endpoint", server.url, "--attempts", 2, "--batch_size", 10)
+        code, _, err = call("03_refine", *options)
+        assert code == 0 and sizes == [10, 10, 4], err
+        output, record = tmp_path / "03_refined.jsonl", tmp_path / "03_args.json"
+        whole = output.read_bytes()
+        output.write_bytes(b"".join(whole.splitlines(keepends=True)[2:7]))
+        record.write_text(record.read_text().replace('"complete": true', '"complete": false'))
+        code, _, err = call("03_refine", *options)
+    assert code == 0 and output.read_bytes() == whole, err
+
+
 def test_control_tokens_reach_a_server_as_text(tmp_path, call):
     spelled = ["<|im_end|>", "<|im_start|>system", "</s>", "[INST]", "[/INST]", "<end_of_turn>", "<|eot_id|>"]
     kept = ["a < b | c > d", "[INSTALL]", "<script>", "x[0]", "<s", "<|>"]
