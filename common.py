@@ -1138,16 +1138,27 @@ def to_completion(tokenizer, row: list[int], ends: typing.Collection[int]) -> Co
     return Completion(text, len(row), not whole)
 
 
+CHILD = "__child#"  # how transformers names the further sequences of a prompt
+
+
 class FlightError(Exception):
     """Continuous batching does not go on; plain decoding is at hand."""
+
+
+class Numbers(list):
+    """Of each sequence of a prompt, the `draw_numbers`, or none if it is greedy; its copies are itself."""
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 class Flight:
     """transformers' continuous batching as a server in this process: any thread may ask, at any time.
 
-    A sequence enters as soon as there is room, shares the blocks of a beginning that is there already, and
-    draws its tokens with its own numbers, as in `generate`, whatever else is under way. Until `close` the
-    flight has the model to itself (under another attention), and most of the memory that was free.
+    A prompt enters as soon as there is room, shares the blocks of a beginning that is there already, and is
+    read once for all its sequences. Each draws its tokens with its own numbers, as in `generate`, whatever
+    else is under way. Until `close` the flight has the model to itself (under another attention), and most
+    of the memory that was free.
 
     top_p: of all requests. options: of transformers' ContinuousBatchingConfig.
     """
@@ -1165,7 +1176,7 @@ class Flight:
         class Draw(processors.ContinuousBatchingLogitsProcessor):
             """Lowers all scores but that of the token which the row's own number draws; -1 is greedy."""
 
-            supported_kwargs: typing.ClassVar = {"numbers": list, "prompt_length": int}
+            supported_kwargs: typing.ClassVar = {"numbers": Numbers, "prompt_length": int}
             ignored_kwargs = ()
 
             def fill_defaults(self, int32_tensor) -> None:
@@ -1174,9 +1185,11 @@ class Flight:
             def prepare_tensor_args(self, requests_with_new_token):
                 numbers = []
                 for state in (request.state for request in requests_with_new_token):
-                    own = state.logit_processor_kwargs.get("numbers") or [-1]
-                    step = state.position_offset - state.logit_processor_kwargs.get("prompt_length", 0)
-                    numbers.append(own[min(step, len(own) - 1)])
+                    known = state.logit_processor_kwargs  # nothing while the manager warms up
+                    _, _, child = state.request_id.partition(CHILD)
+                    own = known["numbers"][int(child) + 1 if child else 0] if known else []
+                    step = state.position_offset - known.get("prompt_length", 0)
+                    numbers.append(own[min(step, len(own) - 1)] if own else -1)
                 return torch.tensor(numbers, dtype=torch.int32)
 
             def __call__(self, scores, tensor_arg):
@@ -1212,24 +1225,27 @@ class Flight:
         self.collector.start()
 
     def ask(
-        self, prompt: list[int], numbers: list[int], temperature: float, max_new_tokens: int
-    ) -> futures.Future:
-        """A job whose result is the tokens written after a tokenized prompt; FlightError if it fails.
+        self, prompt: list[int], seed: int, count: int, temperature: float, max_new_tokens: int
+    ) -> list[futures.Future]:
+        """Jobs whose results are the tokens of `count` sequences after a tokenized prompt, as in `generate`.
 
-        numbers: `draw_numbers` of the sequence; empty: greedy.
+        A job that fails raises FlightError, the first of a prompt at the latest.
         """
-        job = futures.Future()
+        numbers = Numbers([[]] * count)
+        if temperature > 0:
+            numbers = Numbers(draw_numbers(seed, j, max_new_tokens).tolist() for j in range(count))
+        own = {"temperature": float(temperature or 1.0), "numbers": numbers, "prompt_length": len(prompt)}
+        jobs = [futures.Future() for _ in range(count)]
         with self.lock:
             if self.failure:
                 raise FlightError(self.failure)
             name, self.asked = str(self.asked), self.asked + 1
-            self.jobs[name] = job
-            own = {"temperature": float(temperature or 1.0), "numbers": numbers}
-            own["prompt_length"] = len(prompt)
+            names = [name, *(f"{name}{CHILD}{j}" for j in range(count - 1))]
+            self.jobs |= zip(names, jobs, strict=True)
+            self.manager.num_return_sequences = count  # of this request: it is read when one is added
             if self.manager.add_request(prompt, name, max_new_tokens=max_new_tokens, **own) is None:
-                self.jobs.pop(name)
                 raise FlightError("it takes no request")
-        return job
+        return jobs
 
     def _collect(self) -> None:
         reason = "it has ended"
@@ -1276,11 +1292,7 @@ def continuous_batching_works(model, tokenizer) -> bool:
         flight = Flight(model, tokenizer, top_p, num_blocks=32, max_batch_tokens=256)
         try:
             jobs = [
-                [
-                    flight.ask(prompt, draw_numbers(i, j, 3).tolist() if kind[0] else [], kind[0], 3)
-                    for i, prompt in enumerate(prompts)
-                    for j in range(5)
-                ]
+                [job for i, prompt in enumerate(prompts) for job in flight.ask(prompt, i, 5, kind[0], 3)]
                 for kind in kinds
                 if kind[1] == top_p
             ]
@@ -1494,12 +1506,9 @@ class LocalModel(Backend):
                 flight = self.flight
             if flight.top_p != top_p:
                 raise ValueError(f"top_p {top_p} in a session with {flight.top_p}")
-            jobs = []
-            for prompt, count, seed in zip(prompts, counts, seeds, strict=True):
-                for number in range(count):
-                    numbers = draw_numbers(seed, number, max_new_tokens).tolist() if temperature else []
-                    jobs.append(flight.ask(prompt, numbers, temperature, max_new_tokens))
-            rows = [job.result() for job in jobs]
+            asked = zip(prompts, seeds, counts, strict=True)
+            jobs = [flight.ask(*one, temperature, max_new_tokens) for one in asked]
+            rows = [[job.result() for job in group] for group in jobs]
         except Exception as error:  # whatever it is, plain decoding is at hand
             with self.lock:
                 said, self.continuous = not self.continuous or self.stopped, self.continuous and self.stopped
@@ -1509,8 +1518,7 @@ class LocalModel(Backend):
                 warn(f"continuous batching failed ({reason}); plain decoding takes over")
             raise FlightError("stopped") from error
         ends = set(end_token_ids(self.tokenizer, self.model))
-        completions = (to_completion(self.tokenizer, row, ends) for row in rows)
-        return [[next(completions) for _ in range(count)] for count in counts]
+        return [[to_completion(self.tokenizer, row, ends) for row in group] for group in rows]
 
     def score(
         self, texts: list[str], owners: list[int], names: list[str], expected: bool, alike: list[str]

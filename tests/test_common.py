@@ -529,14 +529,13 @@ def test_continuous_batching_writes_what_generate_writes(continuous):
     jobs = {}
     for temperature in (1.0, 0.0, 0.3):
         for i, prompt in enumerate(prompts):
-            for j in range(3):
-                numbers = common.draw_numbers(i, j, 12).tolist() if temperature else []
-                jobs[temperature, i, j] = flight.ask(prompt, numbers, temperature, 12)
+            asked = flight.ask(prompt, i, 3, temperature, 12)
+            jobs |= {(temperature, i, j): job for j, job in enumerate(asked)}
     found = {key: job.result(timeout=60) for key, job in jobs.items()}
     flight.close()
     assert model.config._attn_implementation == "eager", "scoring goes on with the model as it was"
     with pytest.raises(common.FlightError):
-        flight.ask(prompts[0], [], 0.0, 4)
+        flight.ask(prompts[0], 0, 1, 0.0, 4)
     ends = common.end_token_ids(tokenizer, model)
     for temperature in (1.0, 0.0, 0.3):
         options = {"temperature": temperature, "max_new_tokens": 12}
@@ -548,7 +547,21 @@ def test_continuous_batching_writes_what_generate_writes(continuous):
     assert common.continuous_batching_works(model, tokenizer)
 
 
-@pytest.mark.parametrize("fault", ["raises", "wrong answers", "temperature", "top_p", "numbers", "attention"])
+def test_a_flight_reads_a_prompt_once_for_all_its_sequences(continuous):
+    model, tokenizer = continuous
+    prompt, read = common.encode_prompt(tokenizer, "So " * 40), []
+    flight = common.Flight(model, tokenizer)
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    rows = [job.result(timeout=60) for job in flight.ask(prompt, 0, 4, 1.0, 3)]
+    flight.close()
+    hook.remove()
+    # each goes on from the last token of the prompt
+    assert sum(read) == len(prompt) - 1 + sum(map(len, rows)) and len(prompt) > 40
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong answers", "temperature", "top_p", "seeds", "attention"])
 def test_continuous_batching_that_does_not_work_is_not_used(continuous, capsys, monkeypatch, fault):
     model, tokenizer = continuous
     init, ask, draw = common.Flight.__init__, common.Flight.ask, common.draw_tokens
@@ -560,12 +573,13 @@ def test_continuous_batching_that_does_not_work_is_not_used(continuous, capsys, 
         if fault == "attention":
             self.attention = "eager"
 
-    def faulty_ask(self, prompt, numbers, temperature, max_new_tokens):
-        numbers = numbers[::-1] if fault == "numbers" else numbers
-        job = ask(self, prompt, numbers, 1.0 if fault == "temperature" else temperature, max_new_tokens)
-        if fault == "wrong answers":
+    def faulty_ask(self, prompt, seed, count, temperature, max_new_tokens):
+        seed = seed + 1 if fault == "seeds" else seed
+        temperature = 1.0 if fault == "temperature" else temperature
+        jobs = ask(self, prompt, seed, count, temperature, max_new_tokens)
+        for job in jobs if fault == "wrong answers" else []:
             job.result = lambda timeout: [9, 9, 9]
-        return job
+        return jobs
 
     monkeypatch.setattr(common.Flight, "__init__", faulty_init)
     monkeypatch.setattr(common.Flight, "ask", faulty_ask)
@@ -614,7 +628,7 @@ def test_continuous_batching_that_fails_on_the_way_loses_nothing(continuous, cap
 
     def fail_later(self, *arguments):
         asked.append(arguments)
-        if len(asked) > 20:
+        if len(asked) > 10:
             wait(lambda: len(came) >= 5)
             self.manager.batch_processor._generation_step = None  # an error of the loop itself
         return ask(self, *arguments)
