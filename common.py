@@ -1510,9 +1510,11 @@ class LocalModel(Backend):
             jobs = [flight.ask(*one, temperature, max_new_tokens) for one in asked]
             rows = [[job.result() for job in group] for group in jobs]
         except Exception as error:  # whatever it is, plain decoding is at hand
-            with self.lock:
-                said, self.continuous = not self.continuous or self.stopped, self.continuous and self.stopped
-            if not said:
+            with self.lock:  # the first to fail says so; after `stop` all fail, and mean nothing by it
+                first = self.continuous and not self.stopped
+                if first:
+                    self.continuous = False
+            if first:
                 reason = "" if isinstance(error, FlightError) else f"{type(error).__name__}: "
                 reason += first_line(error)
                 warn(f"continuous batching failed ({reason}); plain decoding takes over")
@@ -1897,8 +1899,9 @@ def run_batches(
             for batch in todo:
                 yield from zip(batch, work(batch), strict=True)
             return
-        threads = Threads(concurrency)
-        jobs = {threads.submit(work, [i]): i for batch in todo for i in batch if not done[i]}
+        rows = [i for batch in todo for i in batch if not done[i]]
+        threads = Threads(min(concurrency, len(rows)))
+        jobs = {threads.submit(work, [i]): i for i in rows}
         threads.end()
         for job in futures.as_completed(jobs):
             if job.exception() is None:

@@ -747,10 +747,8 @@ def test_constrained_scores_are_those_of_a_model_that_writes_its_json():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    judge, options = (
-        common.LocalModel.of(model, tokenizer),
-        {"with_instruction": True, "seeds": list(range(6))},
-    )
+    judge = common.LocalModel.of(model, tokenizer)
+    options = {"with_instruction": True, "seeds": list(range(6))}
     free = common.judge(judge, items, OBJECTIVES, score_mode="json", **options)
     assert free == wanted, "it writes what it was taught"
     assert common.judge(judge, items, OBJECTIVES, score_mode="constrained", **options) == free
@@ -838,10 +836,8 @@ def test_a_score_does_not_depend_on_what_was_scored_before(tiny):
     judge, parts = common.LocalModel.of(*load(tiny())), [items[:2], items[4:], items[2:4]]
     in_one_go = [common.judge(judge, part, OBJECTIVES, **options) for part in parts]
     for part, scores in zip(parts, in_one_go, strict=True):
-        assert (
-            common.judge(common.LocalModel.of(judge.model, judge.tokenizer), part, OBJECTIVES, **options)
-            == scores
-        )
+        fresh = common.LocalModel.of(judge.model, judge.tokenizer)
+        assert common.judge(fresh, part, OBJECTIVES, **options) == scores
 
 
 @pytest.mark.parametrize(("lengths", "limit"), [([9, 9, 1, 1], 999), ([500, 499, 2, 2], 999), ([3], 1)])
