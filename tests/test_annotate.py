@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import subprocess
-import time
 import urllib.parse
 from pathlib import Path
 
@@ -516,11 +515,8 @@ class Browser:
         return self.driver.get_log("browser")
 
     def wait_for_file(self, name: str) -> dict:
-        for _ in range(100):
-            if (self.downloads / name).exists():
-                return json.loads((self.downloads / name).read_text(encoding="utf-8"))
-            time.sleep(0.05)
-        raise AssertionError(f"no {name}; said: {self.text('status')}")
+        wait((self.downloads / name).exists)
+        return json.loads((self.downloads / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Stages 1 to 3 on several processes, and killed at any moment: the same bytes as one that is left alone."""
 
+import contextlib
 import random
 import shutil
 import time
@@ -80,12 +81,12 @@ def test_killed_at_ten_moments(tiny, alone, tmp_path, stage, processes):
 
 
 def rows_in(run_dir, stage) -> set:
-    """Ids of the whole rows in the files of all processes."""
+    """Ids of the whole rows in the files of all processes, which may be merged and deleted meanwhile."""
     files = [run_dir / FILES[stage], *run_dir.glob(f".{FILES[stage].removesuffix('.jsonl')}.process*.jsonl")]
     found = set()
     for file in files:
-        text = file.read_bytes() if file.exists() else b""
-        found |= {line.split(b",")[0] for line in text.split(b"\n")[:-1]}
+        with contextlib.suppress(FileNotFoundError):
+            found |= {line.split(b",")[0] for line in file.read_bytes().split(b"\n")[:-1]}
     return found
 
 
