@@ -85,8 +85,9 @@ def test_rows_of_the_agreed_form(good):
 @pytest.mark.parametrize("trouble", TROUBLE)
 def test_trouble_changes_nothing(good, tmp_path, call, trouble):
     """Every third request fails in this way; the files are those of a server that never failed."""
+    patience = 0.7 if trouble == "slow" else 60  # on a busy machine a good answer may take that long too
     with ChatServer(lambda number, body: trouble if number % 3 == 1 else "ok") as server:
-        outputs = all_stages(call, tmp_path, server, "--concurrency", 8, "--request_timeout", 0.7)
+        outputs = all_stages(call, tmp_path, server, "--concurrency", 8, "--request_timeout", patience)
     same_files(tmp_path, good)
     for _, err in outputs:
         assert err.count("warning:") <= 2 and "trying again" in err, err
