@@ -164,6 +164,14 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def count_rows(path: Path) -> int:
+    """The whole rows that a running stage has written so far."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def scored_row(id: str, candidates: list, refined, texts: list[str] | None = None) -> dict:
     """A row of 03_refined.jsonl from scores alone."""
     texts = texts or [f"{id} answer {i}" for i in range(len(candidates))]

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -84,10 +85,18 @@ class Launch:
         for process in self.running:
             process.join()
 
+    def kill_when(self, condition, wait: float = 0.0) -> bool:
+        """SIGKILL to all, `wait` seconds after the condition holds; False if they had ended before."""
+        end = time.time() + 200
+        while not self.over() and time.time() < end and not condition():
+            time.sleep(0.001)
+        time.sleep(wait)
+        over = self.over()
+        self.kill()
+        return not over
+
     def finish(self, timeout: float = 300) -> tuple[int, str, str]:
         """(the first exit code that is not 0, or 0; output; error output), when all have ended."""
-        import time
-
         end = time.time() + timeout
         while not self.over():
             assert time.time() < end, f"still running: {self.read('out')} {self.read('err')}"

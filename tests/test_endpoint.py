@@ -11,7 +11,7 @@ import time
 import huggingface_hub
 import pytest
 from chat_server import TROUBLE, ChatServer, answer
-from conftest import read_rows, write_rows
+from conftest import count_rows, read_rows, write_rows
 from forked import Launch
 
 import common
@@ -302,10 +302,6 @@ def test_defused_text_has_no_special_token(tiny, kind):
     assert not special & set(ids), tokenizer.convert_ids_to_tokens(ids)
 
 
-def rows_in(path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def test_killed_at_any_moment_gives_the_same_files(good, tmp_path):
     rng = random.Random(0)
     with ChatServer(delay=0.1) as server:
@@ -313,13 +309,12 @@ def test_killed_at_any_moment_gives_the_same_files(good, tmp_path):
             options, path, kept = options_of(stage, tmp_path, server, "--concurrency", 2), tmp_path / file, 0
             for _ in range(3):
                 launch = Launch(f"{stage}.py", *options, HF_HUB_OFFLINE="0")
-                while not launch.over() and rows_in(path) <= kept:
-                    time.sleep(0.001)
-                time.sleep(rng.random() * 0.1)
-                assert not launch.over(), "no run was killed: this test would show nothing"
-                launch.kill()
-                assert rows_in(path) > kept
-                kept = rows_in(path)
+                killed = launch.kill_when(
+                    lambda path=path, old=kept: count_rows(path) > old, rng.random() * 0.1
+                )
+                assert killed, "no run was killed: this test would show nothing"
+                assert count_rows(path) > kept
+                kept = count_rows(path)
             code, _, err = Launch(f"{stage}.py", *options, HF_HUB_OFFLINE="0").finish()
             assert code == 0, err
     same_files(tmp_path, good)

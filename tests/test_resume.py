@@ -2,11 +2,10 @@
 
 import importlib
 import shutil
-import time
 
 import pytest
 import yaml
-from conftest import ROOT, read_rows, write_rows
+from conftest import ROOT, count_rows, read_rows, write_rows
 from forked import Launch
 from test_train import make_pairs
 
@@ -51,15 +50,7 @@ def start(run_dir, model, *options, kind="one process", **limits):
 
 def kill_after(launch, metrics_file, rows, wait=0.0) -> bool:
     """SIGKILL to all processes once the metrics file has so many rows; False if the run was over before."""
-    end = time.time() + 200
-    while not launch.over() and time.time() < end:
-        if metrics_file.exists() and metrics_file.read_bytes().count(b"\n") >= rows:
-            break
-        time.sleep(0.001)
-    time.sleep(wait)
-    over = launch.over()
-    launch.kill()
-    return not over
+    return launch.kill_when(lambda: count_rows(metrics_file) >= rows, wait)
 
 
 def result_of(run_dir):

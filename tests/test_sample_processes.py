@@ -66,12 +66,9 @@ def test_killed_at_ten_moments(tiny, alone, tmp_path, stage, processes):
         (run_dir / file).unlink()
     rng, kept, kills = random.Random(stage), set(), 0
     for _ in range(10):
-        launch, end = begin(stage, run_dir, tiny, processes), time.time() + 60
-        while not launch.over() and time.time() < end and rows_in(run_dir, stage) <= kept:
-            time.sleep(0.001)  # up to where new rows are written
-        time.sleep(rng.random() * 0.02)
-        kills += not launch.over()
-        launch.kill()
+        launch = begin(stage, run_dir, tiny, processes)
+        # where new rows are written
+        kills += launch.kill_when(lambda old=kept: not rows_in(run_dir, stage) <= old, rng.random() * 0.02)
         rows = rows_in(run_dir, stage)
         assert rows >= kept, "a row is lost"
         kept = rows

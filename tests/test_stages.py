@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STAGES, read_rows, run_script, write_rows
+from conftest import ROOT, STAGES, count_rows, read_rows, run_script, write_rows
 
 import common
 from common import UserError
@@ -113,7 +113,7 @@ def test_killed_and_started_again_gives_the_same_bytes(finished, tmp_path, stage
     )
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
-        if output.exists() and output.read_bytes().count(b"\n") >= 3:
+        if count_rows(output) >= 3:
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
