@@ -1283,7 +1283,8 @@ def continuous_batching_works(model, tokenizer) -> bool:
     """Whether a `Flight` writes here what `generate` writes, tried on three short prompts.
 
     Greedily, at a low and at a high temperature and with a nucleus; of the 15 sequences of each, six may
-    differ, as rounding in bfloat16 may change a token. A warning says why not.
+    differ: rounding in bfloat16 may change a token, which greedily changes all five of a prompt. A warning
+    says why not.
     """
     prompts = [encode_prompt(tokenizer, text) for text in ("What is water?", "Name a colour.", "Hello!")]
     kinds = [(0.0, 1.0), (0.1, 1.0), (1.5, 1.0), (1.5, 0.3)]  # temperature, top_p
@@ -1854,6 +1855,7 @@ def make_rows(
     begin_rows(args, record, output, done)
     rank, world = processes()
     lengths, counts = [length for length, _ in sizes], [count for _, count in sizes]
+    # of several processes all steps have the same plan: an endpoint, with a size of its own, has one process
     plans = [plan_batches(lengths, counts, step.backend.sequences())[rank::world] for step in steps]
     left_out = set()
     with open(rows_file(output, rank), "a", encoding="utf-8", newline="\n") as file:
