@@ -1,12 +1,11 @@
 """Stage 3, self-refinement (SPA section 3.1 step 2; Figure 10).
 
-The model sees the instruction, the two definitions and all its responses with their scores, and writes
+The model sees the instruction, the definitions of the objectives and all its responses with their scores, and writes
 one refined response ỹ, which it then scores in the same way as stage 2.
 
     reads   RUN_DIR/02_scores.jsonl
     writes  RUN_DIR/03_refined.jsonl, the same rows and
-            {…, "refined": {"text": "…", "scores": [9, 8]}}; until it ends, also {"id": "…", "draft": ["…"]},
-            the texts that wait for their scores
+            {…, "refined": {"text": "…", "scores": [9, 8], "truncated": false}}
     run     python 03_refine.py --run_dir runs/default
     next    python 04_denoise.py --run_dir runs/default
 
@@ -24,210 +23,196 @@ from common import arg, check
 
 # Figure 10. The paper describes the input format first and then gives it; here it is filled in.
 REFINE_TEMPLATE = """\
-You are given an instruction, two evaluation dimensions (each with a name and definition), and a set of \
-candidate responses, each with scores for the two dimensions.
-Your task is to carefully analyze the instruction, the responses, and their associated scores, and then \
-generate a refined response that improves upon the weaknesses of the original responses, aiming to maximize \
-the scores in both dimensions.
+You are given an instruction, {count} evaluation dimensions (each with a name and definition), and a set of candidate \
+responses, each with scores for the {count} dimensions.
+Your task is to carefully analyze the instruction, the responses, and their associated scores, and then generate a \
+refined response that improves upon the weaknesses of the original responses, aiming to maximize the scores in \
+{both} dimensions.
 
 Instruction:
 {instruction}
 
-Dimension 1:
-Name: {dim1_name}
-Definition: {dim1_def}
-
-Dimension 2:
-Name: {dim2_name}
-Definition: {dim2_def}
+{dimensions}
 
 Responses and Scores:
 {candidates}
 
-Now, generate a single refined response that addresses the instruction and improves the existing responses \
-regarding both evaluation dimensions.
+Now, generate a single refined response that addresses the instruction and improves the existing responses regarding \
+{both} evaluation dimensions.
 Refined Response:"""
+DIMENSION = "Dimension {number}:\nName: {name}\nDefinition: {definition}"
 # One candidate; the fences show where each response ends, whatever it contains (ours).
-CANDIDATE_TEMPLATE = """\
-<response {number}>
-{text}
-</response {number}>
-{dim1_name}: {score1}, {dim2_name}: {score2}"""
+CANDIDATE = "<{fence} {number}>\n{text}\n</{fence} {number}>\n{scores}"
+
+# Forms that weak models follow, where Figure 10 makes them write about "the original responses" (ours): the
+# conversation goes on from the best response, or the objectives are a system prompt before the plain prompt.
+ASK_AGAIN = "Please answer my message again, better, so that your answer is as good as it can be on these points:\n\
+{principles}\nWrite only the new answer."
+PRINCIPLES = "Answer so that your answer is as good as it can be on these points, the first before the others:\n\
+{principles}"
+
+# What a model writes before its answer, and what it writes about the task instead of one.
+LEAD_IN = re.compile(
+    r"^(?:\W*(?:(?:sure|certainly|of course)[,.!]\s*)?(?:here(?:'s| is)\s+)?(?:(?:a|the|my)\s+)?(?:single\s+)?(?:"
+    r"refined|improved|better|new)\s+(?:response|answer)[^\n:]{0,80}:[\s*\"]*\n?|#+\s*(?:refined|improved)\s+(?:response|answer)\s*\n)",
+    re.IGNORECASE,
+)
+FENCE = re.compile(r"^\s*<response[\w-]* \d+>\s*|\s*</response[\w-]* \d+>[\s\S]*$|^```\w*\n|\n```\s*$")
+ABOUT_THE_TASK = re.compile(
+    r"\b(?:original|candidate|existing|previous|provided|given|refined|first|second|third|two|three)\s+responses?\b"
+    r"|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|\bthe instruction (?:is|asks|was)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass
-class Args:
-    attempts: int = arg(
-        1, "refinements per prompt; the best by (primary, secondary) stays (paper: 1, greedy)"
+class Args(common.JudgeArgs):
+    template: str = arg(
+        "paper",
+        "paper: Figure 10; conversation: a better answer is asked for after the best one; principles: the objectives "
+        "as a system prompt (ours, for weak models)",
+        ("paper", "conversation", "principles"),
     )
+    attempts: int = arg(1, "refinements per prompt; the best by (primary, secondary) stays (paper: 1, greedy)")
     temperature: float = arg(1.0, "of several attempts (ours); a single one is greedy")
     max_new_tokens: int = arg(2048, "longest refined response in tokens (paper, appendix A)")
-    primary: str | None = arg(None, "primary objective; default: that of stage 2", common.PRIMARIES)
-    score_mode: str | None = arg(None, "how scores are read; default: as in stage 2", common.SCORE_MODES)
-    with_instruction: bool | None = arg(None, "show the judge the instruction; default: as in stage 2")
-    constitution: str | None = arg(None, "JSON file with definitions; default: those of stage 2")
-    model: str | None = arg(None, "the model that refines; default: that of stage 1")
-    endpoint: str | None = arg(
-        None, "URL of an OpenAI-compatible server that has the model; default: that of stage 1"
-    )
-    chat_template: str | None = arg(None, "file with a Jinja chat template; default: that of stage 1")
-    judge_model: str | None = arg(None, "the judge; default: that of stage 2")
-    judge_endpoint: str | None = arg(None, "URL of the judge's server; its key: SPA_JUDGE_API_KEY")
-    judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
-    dtype: str = arg(
-        "auto", "weights; auto: bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16")
-    )
-    device_map: str | None = arg(
-        None,
-        "auto spreads a model too large for one GPU over all, in one process",
-        ("auto", "balanced", "sequential"),
-    )
-    continuous_batching: bool = arg(
-        True, "on a GPU where it works: transformers' own, with many prompts under way"
-    )
-    batch_size: int = arg(72, "sequences generated at a time (ours)")
-    concurrency: int = arg(32, "requests under way at an endpoint")
-    request_timeout: float = arg(600.0, "seconds that an endpoint may take for an answer")
-    retries: int = arg(6, "further tries of a request that failed, after 1, 2, 4 … seconds")
-    run_dir: str = arg("runs/default", "folder of this run's files")
-    seed: int = arg(0, "seed of several attempts, and of the tries of --score_mode json")
-    overwrite: bool = arg(False, "redo this stage although its files are there")
+    drop_remarks: bool = arg(False, "texts about the task instead of an answer count as not scored (ours)")
 
 
-def refine_prompt(objectives, prompt: str, responses: list[dict]) -> str:
-    """Figure 10, filled in with the scored responses."""
-    (name1, definition1), (name2, definition2) = objectives
-    names = {"dim1_name": name1, "dim2_name": name2}
-    candidates = [
-        CANDIDATE_TEMPLATE.format(
-            number=number,
-            text=response["text"],
-            score1=round(response["scores"][0], 1),
-            score2=round(response["scores"][1], 1),
-            **names,
-        )
-        for number, response in enumerate(responses, 1)
+def refine_messages(template: str, objectives, prompt, responses: list[dict]) -> list[dict]:
+    """The conversation that asks for a refined response, from the scored responses of a prompt."""
+    principles = "\n".join(f"- {name}: {definition}" for name, definition in objectives)
+    if template == "principles":
+        return common.as_messages(prompt, PRINCIPLES.format(principles=principles))
+    if template == "conversation":
+        best = max(responses, key=lambda response: response["scores"])["text"]
+        again = {"role": "user", "content": ASK_AGAIN.format(principles=principles)}
+        return [*common.as_messages(prompt), {"role": "assistant", "content": best}, again]
+    # a text that holds such a fence could close its own and forge scores: then the fence gets a name of its own
+    texts = [response["text"] for response in responses]
+    forged = any("<" in text and "response" in text.lower() for text in texts)
+    fence = f"response-{common.derive_seed(texts):x}" if forged else "response"
+    scores = [
+        ", ".join(f"{n}: {round(s, 1)}" for (n, _), s in zip(objectives, r["scores"], strict=True)) for r in responses
     ]
-    return REFINE_TEMPLATE.format(
-        instruction=prompt,
-        dim1_def=definition1,
-        dim2_def=definition2,
-        candidates="\n\n".join(candidates),
-        **names,
+    numbered = enumerate(zip(texts, scores, strict=True), 1)
+    dimensions = enumerate(objectives, 1)
+    text = REFINE_TEMPLATE.format(
+        count={2: "two", 3: "three", 4: "four", 5: "five"}.get(len(objectives), len(objectives)),
+        both="both" if len(objectives) == 2 else "all",
+        instruction=common.plain_text(prompt),
+        dimensions="\n\n".join(DIMENSION.format(number=i, name=n, definition=d) for i, (n, d) in dimensions),
+        candidates="\n\n".join(CANDIDATE.format(fence=fence, number=i, text=t, scores=s) for i, (t, s) in numbered),
     )
+    return common.as_messages(text)
 
 
 def clean_refined(text: str) -> str:
-    """The response without the label or fences that models repeat from the prompt."""
-    text = re.sub(r"^\W*refined response\W*:\**\s*", "", text, flags=re.IGNORECASE)
-    return re.sub(r"^<response \d+>\s*|\s*</response \d+>$", "", text).strip()
+    """The response without the lead-in or fences that models repeat from the prompt."""
+    return FENCE.sub("", LEAD_IN.sub("", FENCE.sub("", text))).strip()
 
 
 def best_attempt(attempts: list[dict]) -> dict:
-    """The attempt {"text", "scores"} with the lexicographically greatest scores; the earliest of equals."""
-    unscored = {"text": "", "scores": None}
-    return max(attempts, key=lambda attempt: attempt["scores"] or [float("-inf")] * 2, default=unscored)
+    """The attempt {"text", "scores", …} with the lexicographically greatest scores; the earliest of equals."""
+    unscored = {"text": "", "scores": None, "truncated": False}
+    return max(attempts, key=lambda attempt: attempt["scores"] or [], default=unscored)
 
 
 def main(args: Args) -> None:
-    common.check_at_least(args, 1, "attempts", "max_new_tokens", "batch_size")
+    common.check_at_least(args, 1, "attempts", "max_new_tokens")
     check(args.temperature > 0, f"--temperature {args.temperature}: more than 0; --attempts 1 is greedy")
     source, output = Path(args.run_dir) / "02_scores.jsonl", Path(args.run_dir) / "03_refined.jsonl"
-    rows = list(common.read_rows(source, made_by="02_score.py", scored=True))
-    check(bool(rows), f"{source} has no rows")
-    facts = common.read_facts(args.run_dir, "02_score")
-    fallback = {"primary": "harmlessness", "score_mode": "constrained", "with_instruction": True}
-    for name, value in fallback.items():  # the judge of stage 2, but for what was asked otherwise
-        given, before = getattr(args, name), facts.get(name, value)
-        if given is not None and facts and given != before:
+    rows = list(common.read_rows(source, scored=True))
+    check(rows, f"{source} has no rows")
+    common.read_files(args)
+    made = common.made_by(source)
+    # the judge must be that of stage 2, or its scores and these do not compare
+    judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_max_new_tokens")
+    for name in judging:
+        given, before = getattr(args, name), made.get("02", {}).get(name)
+        if given is not None and before is not None and given != before:
             common.warn(f"--{name} {given}, but stage 2 had {before}: its scores and these may not compare")
-        setattr(args, name, before if given is None else given)
-    objectives = common.load_objectives(args.primary, args.constitution)
-    if facts.get("primary") == args.primary and not args.constitution:
-        objectives = facts["objectives"]
-    common.choose_model(args, facts)
-    common.choose_model(args, facts if "judge_model" in facts else common.judged_by_itself(args), "judge_")
-    inputs = {source.name: source, "--constitution": str(objectives)}
-    record = common.check_run(args, "03_refine", [output], inputs, may_change=common.MAY_CHANGE)
+    common.inherit(args, made, "01", "model", "endpoint", "chat_template")
+    common.inherit(args, made, "02", *judging, "judge_model", "judge_endpoint", "judge_chat_template")
+    objectives, inputs = common.judge_defaults(args)
+    record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
 
-    backend = common.make_backend(args)
-    judge = common.make_judge(args, backend)
-    check(
-        args.max_new_tokens < backend.context,
-        f"--max_new_tokens {args.max_new_tokens}: the model takes {backend.context} tokens",
-    )
+    engine = common.make_engine(args)
+    judge = common.make_judge(args, engine)
+    if not record["complete"]:
+        engine.open()
+        if judge is not engine:
+            judge.open()
+        common.settle_score_mode(args, judge, record)
+    # what can't be refined keeps an empty, unscored ỹ: 04 drops it as unscored
+    room, chats = engine.context - args.max_new_tokens, {}
+    check(room > 0, f"--max_new_tokens {args.max_new_tokens} leaves no room in the model's {engine.context} tokens")
     dropped = {"no scored response": 0, "too long for the context": 0}
-    prompts, lengths = {}, []
     for row in rows:
-        scored = [response for response in row["responses"] if response["scores"] is not None]
-        prompt = refine_prompt(objectives, row["prompt"], scored)
-        length = backend.length(prompt) if scored else 0
+        scored = [response for response in row["responses"] if response["scores"] and response["text"].strip()]
+        chat = refine_messages(args.template, objectives, row["prompt"], scored) if scored else None
         if not scored:
             dropped["no scored response"] += 1
-        elif length + args.max_new_tokens > backend.context:
+        elif common.too_long(engine, chat, room):
             dropped["too long for the context"] += 1
         else:
-            prompts[row["id"]] = prompt
-        lengths.append(length if row["id"] in prompts else 0)
+            chats[row["id"]] = chat
+    settings = f"{args.template} template, {args.attempts} attempt(s), judged by {judge.title} ({args.score_mode})"
+    common.announce("03 refine", engine.title, f"{len(chats)} prompts", settings)
 
-    def refine(batch: list[int]) -> list[dict]:
-        chosen = [rows[i] for i in batch if rows[i]["id"] in prompts]
-        seeds = [common.derive_seed(args.seed, row["id"]) for row in chosen]
-        completions = backend.complete(
-            [
-                common.Request(prompts[row["id"]], None, args.attempts, seed)
-                for row, seed in zip(chosen, seeds, strict=True)
-            ],
-            temperature=args.temperature if args.attempts > 1 else 0.0,
+    def refine(some: list[dict]) -> list[dict]:
+        chosen = [(row, j) for row in some if row["id"] in chats for j in range(args.attempts)]
+        completions = engine.complete(
+            [chats[row["id"]] for row, _ in chosen],
+            [common.derive_seed(args.seed, row["id"], j) for row, j in chosen],
             max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature if args.attempts > 1 else 0.0,
         )
-        refined = {rows[i]["id"]: [] for i in batch}
-        for row, group in zip(chosen, completions, strict=True):  # None is what a server has refused
-            refined[row["id"]] = [clean_refined(one.text) for one in group if one]
-        return [{"id": id, "draft": texts} for id, texts in refined.items()]
-
-    def score(batch: list[int], drafts: list[list[str]]) -> list[dict]:
-        attempts = [[{"text": text} for text in texts] for texts in drafts]
-        places = [
-            (rows[i], j, one) for i, group in zip(batch, attempts, strict=True) for j, one in enumerate(group)
-        ]
+        drawn = [(row, j, one) for (row, j), one in zip(chosen, completions, strict=True) if one]  # else: refused
+        texts = [clean_refined(one.text) for *_, one in drawn]
         scores = common.judge(
             judge,
-            [(row["prompt"], one["text"]) for row, _, one in places],
-            objectives,
-            score_mode=args.score_mode,
-            with_instruction=args.with_instruction,
-            seeds=[common.derive_seed(args.seed, row["id"], j) for row, j, _ in places],
+            [(row["prompt"], text) for (row, *_), text in zip(drawn, texts, strict=True)],
+            args,
+            [common.derive_seed(args.seed, row["id"], j) for row, j, _ in drawn],
         )
-        for (_, _, one), pair in zip(places, scores, strict=True):
-            one["scores"] = pair
-        return [rows[i] | {"refined": best_attempt(group)} for i, group in zip(batch, attempts, strict=True)]
+        attempts = {row["id"]: [] for row in some}
+        for (row, _, one), text, own in zip(drawn, texts, scores, strict=True):
+            remark = args.drop_remarks and about_the_task(text, row)
+            attempt = {"text": text, "scores": None if remark else own, "truncated": one.truncated}
+            attempts[row["id"]].append(attempt)
+        return [row | {"refined": best_attempt(attempts[row["id"]])} for row in some]
 
-    record["facts"] = facts | common.carried_facts(args, facts)
-    record["facts"] |= {"primary": args.primary, "objectives": objectives, "refused": 0}
-    ids = [row["id"] for row in rows]
-    sizes = [(length, args.attempts if id in prompts else 0) for length, id in zip(lengths, ids, strict=True)]
-    steps = [
-        common.Step("03 refine", backend, refine),
-        common.Step("03 score", judge, score, decodes=args.score_mode == "json"),
+    sizes = [
+        (common.text_size(chats.get(row["id"], [])) + args.max_new_tokens, args.attempts * (row["id"] in chats))
+        for row in rows
     ]
-    rows = common.make_rows(args, record, output, ids, sizes, *steps)
-    if rows is None:  # the first of several processes reports
+    worker = judge if isinstance(judge, common.Local) else engine  # a local judge works in batches, a server in rows
+    done = common.map_rows(refine, rows, sizes, record, output, worker, "03 refine")
+    if done is None:  # the first of several processes reports
         return
+    common.finish(record, len(done))
 
-    dropped["refined answer not scored"] = sum(row["refined"]["scores"] is None for row in rows) - sum(
-        dropped.values()
-    )
-    common.show_funnel("03 refine", ("prompts in", len(rows)), dropped, "refined and scored")
-    names, candidates = common.objective_names(record["facts"]), [r for row in rows for r in row["responses"]]
+    refined = [row["refined"] for row in done]
+    dropped["not scored"] = sum(one["scores"] is None for one in refined) - sum(dropped.values())
+    common.show_funnel("03 refine", ("prompts in", len(done)), dropped, "refined and scored")
+    remarks = sum(about_the_task(row["refined"]["text"], row) for row in done)
+    if remarks:
+        way_out = "--template conversation asks otherwise, --drop_remarks drops them"
+        common.warn(f"{remarks} of {len(done)} refined texts are about the task, no answers: {way_out}")
+    print(f"  met --max_new_tokens: {sum(one['truncated'] for one in refined)}")
+    names, candidates = [name for name, _ in objectives], [r for row in done for r in row["responses"]]
     common.ScoreHistogram(r["scores"] for r in candidates).show(names, "candidates")
-    common.ScoreHistogram(row["refined"]["scores"] for row in rows).show(names, "refined")
-    ties = []
-    for row in rows:
-        ties += [[row["refined"]["scores"], response["scores"]] for response in row["responses"]]
+    common.ScoreHistogram(one["scores"] for one in refined).show(names, "refined")
+    ties = [[row["refined"]["scores"], response["scores"]] for row in done for response in row["responses"]]
     common.show_ties(common.tie_rate(ties), "pairs of a refined response and a candidate")
-    common.show_tokens(backend, judge)
+    common.show_tokens(engine, judge)
     print(f"wrote {output}\nnext: python 04_denoise.py --run_dir {args.run_dir}")
+
+
+def about_the_task(text: str, row: dict) -> bool:
+    """Whether a refined text speaks of responses and dimensions instead of answering; a prompt may do so itself."""
+    return bool(ABOUT_THE_TASK.search(text)) and not ABOUT_THE_TASK.search(common.plain_text(row["prompt"]))
 
 
 if __name__ == "__main__":
