@@ -1,23 +1,20 @@
 """Stage 4, dual-criterion denoising (SPA section 3.2; Algorithm 1, lines 11-21).
 
-Keeps a prompt if its refined response beats every candidate on both axes (consistency) and the
-candidates' scores vary, but not too much: det_min < det Σ <= ρ (informativeness). A prompt is kept or
-dropped as a whole.
+Keeps a prompt, whole, if its refined response beats every candidate on every objective (consistency) and the scores of
+the candidates vary, but not too much: det_min < det Σ <= rho (informativeness). Needs no GPU, no torch, no model.
 
-    reads   RUN_DIR/03_refined.jsonl
+    reads   RUN_DIR/03_refined.jsonl (or --input: another run's folder, or a file)
     writes  RUN_DIR/04_denoised.jsonl, the rows kept, each with "det"
-            RUN_DIR/04_dropped.jsonl, the others, each with "reason" (and "det"):
-            unscored, inconsistent, det_zero or det_above_rho, tried in this order
+            RUN_DIR/04_dropped.jsonl, the others, each with "det" and "reason" (see REASONS); exit code 3: all of them
     run     python 04_denoise.py --rho 30 --run_dir runs/default
+    branch  python 04_denoise.py --rho 10 --input runs/default --run_dir runs/rho10
     next    python 05_pairs.py --run_dir runs/default
-
-Hardware: none to speak of; no model, no torch. Exit code 3 if nothing is left.
 """
 
-from __future__ import annotations
-
+import statistics
+from collections import Counter
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,126 +22,133 @@ from tqdm import tqdm
 import common
 from common import EmptyResult, arg, check
 
-
-@dataclass
-class Args:
-    rho: float = arg(30.0, "upper bound of det Σ (paper, Table 5: 10, 20, 30, 40 or 50; the choice is ours)")
-    det_min: float = arg(0.0, "strict lower bound of det Σ (paper: 0; more, with expected scores, is ours)")
-    consistency: bool = arg(True, "the refined response must beat every candidate on both axes (paper)")
-    informativeness: bool = arg(True, "det_min < det Σ <= rho (paper); w/o NF has both filters off")
-    cov_scope: str = arg(
-        "candidates", "Σ over the n candidates, or all: the refined one too (ours)", ("candidates", "all")
-    )
-    ddof: int = arg(0, "0: population variance; 1: sample variance (paper silent)", (0, 1))
-    run_dir: str = arg("runs/default", "folder of this run's files")
-    seed: int = arg(0, "unused here: nothing is drawn; taken so that a recipe can pass it to every stage")
-    overwrite: bool = arg(False, "redo this stage although its files are there")
-
-
-def is_consistent(refined: list, candidates: list[list]) -> bool:
-    """Algorithm 1, line 12: s̃_a > max_i s_a^(i) and s̃_b > max_i s_b^(i), both strict.
-
-    refined: [a, b]; candidates: the scored candidates' [a, b]. It names no element, so it decides on
-    the whole set.
-    """
-    return all(refined[axis] > max(scores[axis] for scores in candidates) for axis in (0, 1))
-
-
-def det_covariance(scores: list[list], ddof: int = 0) -> float:
-    """Equation 1: det Σ of the score vectors [a, b], exact before one final rounding.
-
-    det Σ = [(mΣa²−(Σa)²)(mΣb²−(Σb)²) − (mΣab−ΣaΣb)²] / (m² (m−ddof)²) for m scores. Floats report a
-    determinant above 0 for many collinear sets, so decimals are scaled to integers first. 0 for m < 2.
-    """
-    m = len(scores)
-    if m < 2:
-        return 0.0
-    exact = [Decimal(str(score)) for pair in scores for score in pair]
-    places = max(0, *(-value.as_tuple().exponent for value in exact))
-    whole = [int(value.scaleb(places)) for value in exact]
-    a, b = whole[::2], whole[1::2]
-    var_a = m * sum(x * x for x in a) - sum(a) ** 2
-    var_b = m * sum(y * y for y in b) - sum(b) ** 2
-    cov_ab = m * sum(x * y for x, y in zip(a, b, strict=True)) - sum(a) * sum(b)
-    return (var_a * var_b - cov_ab**2) / (m**2 * (m - ddof) ** 2 * 10 ** (4 * places))
-
-
-def denoise(row: dict, args: Args) -> tuple[str | None, float | None]:
-    """(reason to drop the row or None, det Σ or None if unscored); responses without scores don't count."""
-    candidates = [response["scores"] for response in row["responses"] if response["scores"] is not None]
-    refined = row["refined"]["scores"]
-    if refined is None or not candidates:
-        return "unscored", None
-    det = det_covariance(candidates + [refined] * (args.cov_scope == "all"), args.ddof)
-    if args.consistency and not is_consistent(refined, candidates):
-        return "inconsistent", det
-    if args.informativeness and not det > args.det_min:
-        return "det_zero", det
-    if args.informativeness and not det <= args.rho:
-        return "det_above_rho", det
-    return None, det
-
-
-# What to try when a filter has emptied the result.
-ADVICE = {
-    "unscored": "stage 2 or 3 could not read the scores: use --score_mode constrained or expected there",
-    "inconsistent": "no refined response beats all its candidates: try 03_refine.py --attempts 4, "
-    "--score_mode expected in 02 and 03, more prompts, or --no-consistency here",
-    "det_zero": "the candidates' scores do not vary: try --score_mode expected in 02 and 03, a larger --n "
-    "in 01, a smaller --det_min, or --no-informativeness here",
-    "det_above_rho": "the candidates' scores vary too much: try a larger --rho",
+# The reasons to drop a prompt, in the order in which they are tried, and what to try if one has left nothing.
+REASONS = {
+    "unscored": "--score_mode constrained (02, 03), to see in what 02 and 03 printed why scores are null",
+    "inconsistent": "--score_mode expected (02, 03), more --attempts (03), more prompts, "
+    "a stricter --constitution since candidates are at 10 already, --no-consistency",
+    "det_zero": "--score_mode expected (02, 03), a larger --n (01), a smaller --det_min, --no-informativeness",
+    "det_above_rho": "a larger --rho, --no-informativeness",
 }
 
 
-def main(args: Args) -> None:
-    check(
-        0 <= args.det_min < args.rho,
-        f"--det_min {args.det_min} --rho {args.rho}: 0 <= det_min < rho is wanted",
-    )
-    run_dir = Path(args.run_dir)
-    source, kept_file, dropped_file = (
-        run_dir / f for f in ("03_refined.jsonl", "04_denoised.jsonl", "04_dropped.jsonl")
-    )
-    rows = common.read_rows(source, made_by="03_refine.py", scored=True, refined=True)
-    facts = common.read_facts(args.run_dir, "03_refine")
-    record = common.check_run(args, "04_denoise", [kept_file, dropped_file], {source.name: source})
+@dataclass
+class Args(common.RunArgs):
+    input: str | None = arg(None, "run directory or file to read (default: the run directory)", free=True)
+    rho: float = arg(30.0, "upper bound of det Σ (paper, Table 5: 10, 20, 30, 40 or 50; the choice is ours)")
+    det_min: float = arg(0.0, "strict lower bound of det Σ (paper: 0; more, with expected scores, is ours)")
+    consistency: bool = arg(True, "the refined response must beat every candidate on every axis (paper)")
+    informativeness: bool = arg(True, "det_min < det Σ <= rho (paper); w/o NF has both filters off")
+    cov_scope: str = arg("candidates", "Σ over the candidates; all: the refined one too", ("candidates", "all"))
+    ddof: int = arg(0, "0: population variance; 1: sample variance (paper silent)", (0, 1))
 
-    dropped, dets, enough = dict.fromkeys(ADVICE, 0), [], False
-    candidates, refined = common.ScoreHistogram(), common.ScoreHistogram()
-    total = 0
-    with common.replace_file(kept_file) as kept, common.replace_file(dropped_file) as others:
-        for row in tqdm(rows, unit="prompt", desc="04 denoise"):
-            total += 1
-            enough = enough or len(row["responses"]) + (args.cov_scope == "all") >= 3
-            reason, det = denoise(row, args)
+
+def scores_of(row: dict) -> tuple[list[list], list | None]:
+    """(scores of the candidates that take part, (m, k); the refined response's, (k,)): those with scores and text."""
+    *candidates, refined = [r["scores"] if r["text"].strip() else None for r in [*row["responses"], row["refined"]]]
+    return [scores for scores in candidates if scores is not None], refined
+
+
+def failed_axes(refined: list, candidates: list[list]) -> tuple[int, ...]:
+    """The axes on which s̃ > max_i s^(i), Algorithm 1, line 12, does not hold; none: the prompt is consistent."""
+    return tuple(axis for axis, own in enumerate(refined) if own <= max(scores[axis] for scores in candidates))
+
+
+def det_covariance(scores: list[list], ddof: int = 0) -> float:
+    """Equation 1: det Σ of m score vectors, (m, k). In fractions, since floats give more than 0 for collinear sets."""
+    m = len(scores)
+    if m == 0 or m <= len(scores[0]):
+        return 0.0
+    axes = [[Fraction(str(value)) for value in axis] for axis in zip(*scores, strict=True)]
+    axes = [[value - sum(axis) / m for value in axis] for axis in axes]
+    cov = [[sum(x * y for x, y in zip(a, b, strict=True)) / (m - ddof) for b in axes] for a in axes]
+
+    def det(s: list[list]) -> Fraction:  # expanded along the first row, s[0]
+        minors = ([row[:j] + row[j + 1 :] for row in s[1:]] for j in range(len(s)))
+        return sum((-1) ** j * s[0][j] * det(minor) for j, minor in enumerate(minors)) if s else Fraction(1)
+
+    return float(det(cov))
+
+
+def denoise(candidates: list[list], refined: list | None, args: Args) -> tuple[str | None, float | None, tuple]:
+    """(reason to drop the prompt or None, det Σ, axes that fail), from what `scores_of` gives."""
+    if refined is None or not candidates:
+        return "unscored", None, ()
+    failed = failed_axes(refined, candidates)
+    det = det_covariance(candidates + [refined] * (args.cov_scope == "all"), args.ddof)
+    if args.consistency and failed:
+        return "inconsistent", det, failed
+    if args.informativeness and not args.det_min < det <= args.rho:
+        return "det_zero" if det <= args.det_min else "det_above_rho", det, failed
+    return None, det, failed
+
+
+def main(args: Args) -> None:
+    check(0 <= args.det_min < args.rho, f"--det_min {args.det_min} --rho {args.rho}: 0 <= det_min < rho is wanted")
+    source = common.find_input(args, "03_refined.jsonl")
+    outputs = [Path(args.run_dir) / name for name in ("04_denoised.jsonl", "04_dropped.jsonl")]
+    own = source.resolve() in [output.resolve() for output in outputs]
+    check(not own, f"{source} is what this stage writes: choose another --run_dir")
+    made = common.made_by(source)
+
+    # All rows are read once before anything is begun: a bad one costs nothing then. k objectives, at most m vectors.
+    rows = common.read_rows(source, scored=True, refined=True)
+    sizes = [[len(scores) for scores in scores_of(row)[0]] for row in rows]
+    check(sizes, f"{source} has no rows")
+    k, m = max(map(max, filter(None, sizes)), default=0), max(map(len, sizes)) + (args.cov_scope == "all")
+    few = f"no prompt has {k + 1} scored responses, so det Σ of {k} objectives is always 0: sample with --n {k + 1}"
+    check(m > k or k == 0 or not args.informativeness, f"{source}: {few} or more, or pass --no-informativeness")
+
+    # The first line says what will be done. An empty result is worked out again, for its advice and exit code.
+    names = common.names_of(made, k)
+    filters = [f"refined above all candidates on {' and '.join(names)}"] * args.consistency
+    filters += [f"{args.det_min:g} < det Σ <= {args.rho:g}"] * args.informativeness
+    common.announce("04 denoise", str(source), *(filters or ["both filters off"]))
+    record = common.begin(args, "04_denoise", outputs, made, **{source.name: source})
+    if record["complete"] and record.get("rows") != 0:
+        print(f"{outputs[0]} is complete already; --overwrite redoes it")
+        return
+
+    # One pass: each row goes into one of the two files; both appear, whole, after the last row.
+    dropped, failures, dets = dict.fromkeys(REASONS, 0), Counter(), []
+    uninformative = full = blank = 0
+    with common.replace_file(outputs[0]) as kept, common.replace_file(outputs[1]) as others:
+        for row in tqdm(common.read_rows(source, scored=True, refined=True), "04 denoise", unit="prompt", disable=None):
+            candidates, refined = scores_of(row)
+            reason, det, failed = denoise(candidates, refined, args)
             if reason is None:
                 kept.write(common.dump_row(row | {"det": det}))
                 dets.append(det)
-                refined.add(row["refined"]["scores"])
-                for response in row["responses"]:
-                    candidates.add(response["scores"])
             else:
                 others.write(common.dump_row(row | {"det": det, "reason": reason}))
                 dropped[reason] += 1
-        check(total > 0, f"{source} has no rows")
-        check(
-            enough or not args.informativeness,
-            f"{source}: every prompt has fewer than 3 responses, so det Σ is always 0; sample with "
-            "--n 3 or more, or pass --no-informativeness",
-        )
-    common.write_record(record | {"facts": facts, "complete": True})
+            # For the report: what does each filter say of this prompt, whichever of them are on?
+            blank += sum(not response["text"].strip() for response in [*row["responses"], row["refined"]])
+            if det is not None:
+                failures[failed] += 1
+                uninformative += not args.det_min < det <= args.rho
+                full += max(map(max, candidates)) >= 10
+    common.finish(record, len(dets), dropped=dropped)
 
+    # What went in, what fell to which filter, and on which axes the refined response was not ahead.
+    total, inconsistent = len(dets) + sum(dropped.values()), sum(failures[failed] for failed in failures if failed)
+    axes = [f"{' and '.join(names[i] for i in failed)}: {n}" for failed, n in failures.most_common() if failed]
     common.show_funnel("04 denoise", ("prompts in", total), dropped, "prompts kept")
-    if dets:
-        dets.sort()
-        candidates.show(common.objective_names(facts), "kept candidates")
-        refined.show(common.objective_names(facts), "kept refined")
-        print(f"  det of the kept: min {dets[0]:.4g}, median {dets[len(dets) // 2]:.4g}, max {dets[-1]:.4g}")
-    print(f"wrote {kept_file} and {dropped_file.name}")
+    print(f"  each filter alone drops: consistency {inconsistent}, informativeness {uninformative}")
+    print(f"  not above every candidate on just … {', '.join(axes) or 'no axis'}")
+    print(f"  a candidate is at 10, which nothing can beat: {full}; responses without text, left out: {blank}")
+
+    # Nothing left is exit code 3: which filter has emptied it, and what to try, but for what can't help.
     if not dets:
-        worst = max(dropped, key=dropped.get)
-        raise EmptyResult(f"nothing is left; most prompts fell to '{worst}': {ADVICE[worst]}")
-    print(f"next: python 05_pairs.py --run_dir {args.run_dir}")
+        reason, made_03 = max(dropped, key=dropped.get), made.get("03", {})
+        modes = ["json", "constrained", "expected"]  # each reads more, or finer, than the one before
+        mode = "expected" if made_03.get("scorer") else made_03.get("score_mode") or "json"
+        pointless = [*modes[: modes.index(mode) + 1], "--attempts" if full == inconsistent else "--constitution"]
+        pointless += ["--det_min"] * (args.det_min == 0)
+        tries = [what for what in REASONS[reason].split(", ") if not any(word in what for word in pointless)]
+        raise EmptyResult(f"nothing is left; {dropped[reason]} of {total} fell to '{reason}': try {', '.join(tries)}")
+    print(f"  det Σ: min {min(dets):.4g}, median {statistics.median(dets):.4g}, max {max(dets):.4g}")
+    print(f"wrote {outputs[0]} and {outputs[1].name}\nnext: python 05_pairs.py --run_dir {args.run_dir}")
 
 
 if __name__ == "__main__":
