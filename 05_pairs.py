@@ -1,21 +1,19 @@
 """Stage 5, preference pairs (SPA section 3.3, equation 2).
 
-Of the n candidates and the refined response, every ordered pair whose first is lexicographically
-greater in (primary, secondary) and at least δ away becomes a preference pair.
+Of the n candidates and the refined response, every ordered pair whose first is lexicographically greater in its scores
+(the primary objective first) and at least δ away becomes a preference pair. Needs no GPU, no torch, no model.
 
-    reads   RUN_DIR/04_denoised.jsonl (or --input)
-    writes  RUN_DIR/05_pairs.jsonl, one row per pair, the conversational preference format:
-            {"id": "…", "prompt": [{"role": "user", "content": "…"}],
-             "chosen": [{"role": "assistant", "content": "…"}], "rejected": [{…}],
-             "chosen_scores": [9, 9], "rejected_scores": [7, 6], "margin": 5, "gap": 5}
+    reads   RUN_DIR/04_denoised.jsonl (or --input: another run's folder, or a file such as 02_scores.jsonl)
+    writes  RUN_DIR/05_pairs.jsonl, one row per pair, the conversational preference format (exit code 3: no pair):
+            {"id": "…", "prompt": [{"role": "user", "content": "…"}], "chosen": [{"role": "assistant", "content": "…"}],
+             "rejected": [{…}], "chosen_scores": [9, 9], "rejected_scores": [7, 6], "margin": 5, "gap": 5}
+            and "chosen_truncated": true, "rejected_truncated": true where the length limit cut a response
     run     python 05_pairs.py --delta 2 --run_dir runs/default
+    branch  python 05_pairs.py --delta 4 --input runs/default --run_dir runs/delta4
     next    accelerate launch 06_train.py --run_dir runs/default
-
-Hardware: none to speak of; no model, no torch. Exit code 3 if there is no pair.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,142 +24,135 @@ from common import EmptyResult, arg, check
 
 
 @dataclass
-class Args:
-    delta: float = arg(
-        2.0, "smallest |ΔG_a| + |ΔG_b| of a pair (paper, Table 5: 2, 3 or 4; the choice is ours)"
-    )
-    rule: str = arg(
-        "lex",
-        "which response is preferred. lex: equation 2; pareto: section 2, >= on primary and > on secondary; "
-        "weighted: the larger (a G_a + b G_b) / (a + b), the Reward Soups baseline",
-        ("lex", "pareto", "weighted"),
-    )
-    weights: tuple[float, float] = arg((6.0, 4.0), "a and b of --rule weighted (paper: 6 4, 7 3, 8 2, 9 1)")
+class Args(common.RunArgs):
+    input: str | None = arg(None, "run directory or file to read (default: the run directory)", free=True)
+    delta: float = arg(2.0, "smallest margin Σ|ΔG| of a pair (paper, Table 5: 2, 3 or 4; the choice is ours)")
+    rule: str = arg("lex", "lex: equation 2; pareto: section 2; weighted: Reward Soups", ("lex", "pareto", "weighted"))
+    weights: list[float] | None = arg(None, "for --rule weighted, >= 0, one an objective (paper: 6 4, 7 3, 8 2, 9 1)")
     refined_only: bool = arg(False, "only pairs with the refined response (ours)")
-    keep_system: bool = arg(
-        False, "put the system prompt that the preferred response had into the prompt (ours)"
-    )
-    input: str = arg(
-        "04_denoised.jsonl", "file in the run directory, or a path; `refined` may be missing in it"
-    )
-    run_dir: str = arg("runs/default", "folder of this run's files")
-    seed: int = arg(0, "unused here: nothing is drawn; taken so that a recipe can pass it to every stage")
-    overwrite: bool = arg(False, "redo this stage although its files are there")
+    keep_system: bool = arg(False, "put the system prompt that the preferred response had into the prompt (ours)")
 
 
-def tidy(value: float) -> float:
-    """Without the binary dust of sums of decimals (9.3 − 9.1 is not 0.2); integers stay integers."""
-    return value if isinstance(value, int) else round(value, 9)
+def composite(scores: list, weights: list[float]) -> float:
+    """Reward Soups, appendix A: (a G_a + b G_b + …) / (a + b + …)."""
+    return sum(w * score for w, score in zip(weights, scores, strict=True)) / sum(weights)
 
 
-def composite(scores: list, weights: tuple[float, float]) -> float:
-    """Reward Soups, appendix A: (a G_a + b G_b) / (a + b)."""
-    return (weights[0] * scores[0] + weights[1] * scores[1]) / (weights[0] + weights[1])
+def is_preferred(y: list, other: list, rule: str, weights: list[float] | None = None) -> bool:
+    """Whether the scores y = [G_a, G_b, …], in order of priority, are preferred to `other`."""
+    if rule == "lex":
+        return y > other  # equation 2, for any k: Python compares lists lexicographically
+    if rule == "pareto":
+        # Section 2: G_a >= and G_b >. For k > 2 (ours): none is worse, and one behind the primary is better.
+        no_worse = all(own >= its for own, its in zip(y, other, strict=True))
+        return no_worse and any(own > its for own, its in zip(y[1:], other[1:], strict=True))
+    return round(composite(y, weights) - composite(other, weights), 9) > 0
 
 
-def is_preferred(y: list, other: list, rule: str, weights: tuple[float, float]) -> bool:
-    """Whether the scores y = (G_a, G_b) are preferred to `other`."""
-    if rule == "lex":  # equation 2
-        return y[0] > other[0] or (y[0] == other[0] and y[1] > other[1])
-    if rule == "pareto":  # section 2
-        return y[0] >= other[0] and y[1] > other[1]
-    return tidy(composite(y, weights) - composite(other, weights)) > 0
+def margin_and_gap(y: list, other: list, rule: str, weights: list[float] | None = None) -> tuple[float, float]:
+    """(Σ|ΔG|, for δ; |ΔΣG|, or that of the composites, for equation 3's weight): (8, 5) and (7, 6) have 2 and 0."""
+    margin = sum(abs(own - its) for own, its in zip(y, other, strict=True))
+    gap = sum(y) - sum(other) if rule != "weighted" else composite(y, weights) - composite(other, weights)
+    return round(margin, 9), round(abs(gap), 9)  # in binary 9.3 − 9.1 is not 0.2; integers stay integers
 
 
-def margin_and_gap(y: list, other: list, rule: str, weights: tuple[float, float]) -> tuple[float, float]:
-    """(|ΔG_a| + |ΔG_b|, for δ; |Δ(G_a + G_b)|, for the weight of equation 3).
-
-    They differ: (8, 5) against (7, 6) has margin 2 and gap 0. For `weighted` the gap is the composite's.
-    """
-    margin = abs(y[0] - other[0]) + abs(y[1] - other[1])
-    gap = abs((y[0] + y[1]) - (other[0] + other[1]))
-    if rule == "weighted":
-        gap = abs(composite(y, weights) - composite(other, weights))
-    return tidy(margin), tidy(gap)
-
-
-def build_pairs(row: dict, args: Args) -> list[dict]:
-    """Equation 2 for one prompt: the pairs as rows of 05_pairs.jsonl, the best preferred response first."""
-    labelled = [(response, False) for response in row["responses"]]
-    labelled += [(row["refined"], True)] if "refined" in row else []
-    distinct: dict[str, tuple[dict, bool]] = {}  # of equal texts only the first takes part
-    for response, is_refined in labelled:
-        if response["scores"] is not None:
-            distinct.setdefault(response["text"], (response, is_refined))
-    members = list(distinct.values())
-    pairs = []
-    for y, y_refined in sorted(members, key=lambda member: member[0]["scores"], reverse=True):
-        system = [{"role": "system", "content": y["system"]}] if args.keep_system and y.get("system") else []
-        for other, other_refined in members:
-            if not is_preferred(y["scores"], other["scores"], args.rule, args.weights):
+def build_pairs(row: dict, args: Args) -> tuple[list[dict], list[float]]:
+    """Equation 2 for one prompt: (the rows of 05_pairs.jsonl, best first; margins of pairs closer than δ)."""
+    # Responses with scores and text take part; of those with the same text only the first.
+    members, refined, pairs, too_close = {}, row.get("refined"), [], []
+    for response in [*row["responses"], *filter(None, [refined])]:
+        if response["scores"] is not None and response["text"].strip():
+            members.setdefault(response["text"], response)
+    for y in sorted(members.values(), key=lambda member: member["scores"], reverse=True):
+        for other in members.values():
+            allowed = not args.refined_only or y is refined or other is refined
+            if not allowed or not is_preferred(y["scores"], other["scores"], args.rule, args.weights):
                 continue
             margin, gap = margin_and_gap(y["scores"], other["scores"], args.rule, args.weights)
-            if margin < args.delta or (args.refined_only and not (y_refined or other_refined)):
+            if margin < args.delta:
+                too_close.append(margin)
                 continue
-            pairs.append(
-                {
-                    "id": row["id"],
-                    "prompt": [*system, {"role": "user", "content": row["prompt"]}],
-                    "chosen": [{"role": "assistant", "content": y["text"]}],
-                    "rejected": [{"role": "assistant", "content": other["text"]}],
-                    "chosen_scores": y["scores"],
-                    "rejected_scores": other["scores"],
-                    "margin": margin,
-                    "gap": gap,
-                }
-            )
-    return pairs
+            # One row: the prompt, both responses as messages, their scores, and whether the length limit cut them.
+            sides, system = {"chosen": y, "rejected": other}, y.get("system") if args.keep_system else None
+            pair = {"id": row["id"], "prompt": common.as_messages(row["prompt"], system)}
+            pair |= {side: [{"role": "assistant", "content": one["text"]}] for side, one in sides.items()}
+            pair |= {f"{side}_scores": one["scores"] for side, one in sides.items()} | {"margin": margin, "gap": gap}
+            # Stage 6 gives the latter no end token, since they did not end.
+            pair |= {f"{side}_truncated": True for side, one in sides.items() if one.get("truncated")}
+            pairs.append(pair)
+    return pairs, too_close
+
+
+def margin_table(thousandths: Counter) -> str:
+    """How many pairs have which margin, in thousandths: steps of 1, or about ten if there are other than whole ones."""
+    whole, spread = all(margin % 1000 == 0 for margin in thousandths), max(thousandths) - min(thousandths)
+    width = 1000 if whole else next(w for w in (10, 20, 50, 100, 200, 500, 1000, 2000, 10_000) if 10 * w >= spread)
+    steps = Counter()
+    for margin, count in thousandths.items():
+        steps[margin // width * width] += count
+    return f"in steps of {width / 1000:g}: " + ", ".join(f"{low / 1000:g}: {n}" for low, n in sorted(steps.items()))
 
 
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "delta")
-    check(
-        min(args.weights) >= 0 < sum(args.weights), f"--weights {args.weights}: two numbers >= 0, not both 0"
-    )
-    source, output = Path(args.run_dir) / args.input, Path(args.run_dir) / "05_pairs.jsonl"
-    rows = common.read_rows(source, made_by="04_denoise.py", scored=True)
-    facts = common.read_facts(args.run_dir, "04_denoise")
-    record = common.check_run(args, "05_pairs", [output], {source.name: source})
+    check((args.weights is None) == (args.rule != "weighted"), "--rule weighted and --weights go together: give both")
+    source, output = common.find_input(args, "04_denoised.jsonl"), Path(args.run_dir) / "05_pairs.jsonl"
+    made = common.made_by(source)
 
-    prompts = without = pairs = zero_gap = lower_total = 0
-    gap_sum, margins = 0.0, {}
-    chosen, rejected = common.ScoreHistogram(), common.ScoreHistogram()
+    # All rows are read once before anything is begun: a bad one costs nothing then. There are k objectives.
+    sizes = [max(len(one["scores"] or []) for one in row["responses"]) for row in common.read_rows(source, scored=True)]
+    k = max(sizes, default=0)
+    check(k, f"{source} has no rows with scores; see what the stage before it printed")
+    fits = args.weights is None or (len(args.weights) == k and min(args.weights) >= 0 < sum(args.weights))
+    check(fits, f"--weights {args.weights}: {k} numbers >= 0 are wanted, one an objective, not all 0")
+
+    # The first line says what will be done. An empty result is worked out again, for its advice and exit code.
+    names = common.names_of(made, k)
+    goals = [f"{w:g} {name}" for w, name in zip(args.weights, names, strict=True)] if args.weights else names
+    rule = f"{args.rule} rule on {(' and ' if args.weights else ' before ').join(goals)}"
+    common.announce("05 pairs", str(source), rule, f"margin >= {args.delta:g}", "refined only" * args.refined_only)
+    record = common.begin(args, "05_pairs", [output], made, **{source.name: source})
+    if record["complete"] and record.get("rows") != 0:
+        print(f"{output} is complete already; --overwrite redoes it")
+        return
+
+    # One pass, prompt by prompt; the file appears, whole, after the last one.
+    without = pairs = close = blank = zero_gap = lower_total = widest = gap_sum = 0
+    chosen, rejected, margins = common.ScoreHistogram(), common.ScoreHistogram(), Counter()
     with common.replace_file(output) as file:
-        for row in tqdm(rows, unit="prompt", desc="05 pairs"):
-            prompts += 1
-            built = build_pairs(row, args)
+        for row in tqdm(common.read_rows(source, scored=True), "05 pairs", unit="prompt", disable=None):
+            built, too_close = build_pairs(row, args)
+            pairs += len(built)
             without += not built
+            close += len(too_close)
+            widest = max(widest, *too_close, 0)
+            blank += sum(not one["text"].strip() for one in [*row["responses"], *filter(None, [row.get("refined")])])
             for pair in built:
                 file.write(common.dump_row(pair))
-                pairs += 1
                 chosen.add(pair["chosen_scores"])
                 rejected.add(pair["rejected_scores"])
                 gap_sum += pair["gap"]
                 zero_gap += pair["gap"] == 0
-                lower_total += tidy(sum(pair["chosen_scores"]) - sum(pair["rejected_scores"])) < 0
-                margins[int(pair["margin"])] = margins.get(int(pair["margin"]), 0) + 1
-        check(prompts > 0, f"{source} has no rows")
-    common.write_record(record | {"facts": facts, "complete": True})
+                lower_total += round(sum(pair["chosen_scores"]) - sum(pair["rejected_scores"]), 9) < 0
+                margins[int(pair["margin"] * 1000 + 1e-6)] += 1
+    common.finish(record, pairs)
 
-    common.show_funnel("05 pairs", ("prompts in", prompts), {"without a pair": without}, "prompts with pairs")
-    if pairs:
-        chosen.show(common.objective_names(facts), "chosen")
-        rejected.show(common.objective_names(facts), "rejected")
-        print(f"  pairs: {pairs}, mean gap {gap_sum / pairs:.3f}")
-        print("  margin, rounded down: " + ", ".join(f"{m}: {count}" for m, count in sorted(margins.items())))
-        print(
-            f"  zero gap (weight 0 in SPA): {zero_gap}; preferred response has the lower total: {lower_total}"
-        )
-    print(f"wrote {output}")
+    # No pair is exit code 3. Else the report: the scores on both sides, the margins, and what the weights will be like.
+    common.show_funnel("05 pairs", ("prompts in", len(sizes)), {"without a pair": without}, "prompts with pairs")
+    print(f"  pairs closer than --delta: {close}; responses without text, left out: {blank}")
     if not pairs:
-        raise EmptyResult(
-            f"no pair is at least --delta {args.delta:g} apart: try a smaller one (expected scores need < 2)"
-        )
+        why = f"the widest of {close} ordered pairs is {widest:g} apart: try a --delta below {args.delta:g}"
+        raise EmptyResult(f"no pair: {why if close else 'no prompt has two responses that the rule orders'}")
+    chosen.show(names, "chosen")
+    rejected.show(names, "rejected")
+    print(f"  pairs: {pairs}, mean gap {gap_sum / pairs:.3f}")
+    print(f"  margin, {margin_table(margins)}")
+    print(f"  zero gap (weight 0 in SPA): {zero_gap}; preferred response has the lower total: {lower_total}")
+    if lower_total and args.rule == "lex":  # (9, 5) before (8, 9)
+        print("    That is meant: the primary goal comes first; such a pair gets its weight from |gap|, as others do.")
     if gap_sum == 0:
-        common.warn(
-            "every gap is 0, so SPA's weights are undefined; 06_train.py --loss simpo does not need them"
-        )
-    print(f"next: accelerate launch 06_train.py --run_dir {args.run_dir}")
+        common.warn("every gap is 0, so SPA's weights are undefined; --loss simpo in 06 does not need them")
+    print(f"wrote {output}\nnext: accelerate launch 06_train.py --run_dir {args.run_dir}")
 
 
 if __name__ == "__main__":

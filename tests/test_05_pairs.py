@@ -1,0 +1,295 @@
+"""Stage 5: pairs worked out by hand, the three rules, the report, branching. Kills and a large file: test_04."""
+
+import importlib
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+import spec_reading
+from conftest import read_rows, scored_row, write_rows
+from test_04_denoise import make_record
+
+import common
+
+pairs = importlib.import_module("05_pairs")
+
+FIXTURE = scored_row("f", [[7, 6], [8, 5], [6, 8]], [9, 9])
+GRID = [[a, b] for a in range(1, 11) for b in range(1, 11)]
+
+
+def build(row, **options):
+    return pairs.build_pairs(row, pairs.Args(**options))[0]
+
+
+# ------------------------------------------------------------------------------------ equation 2
+
+
+@pytest.mark.parametrize(("delta", "gaps"), [(2, [5, 5, 4, 0, 1, 1]), (3, [5, 5, 4, 1, 1]), (4, [5, 5, 4, 1])])
+def test_pairs_of_the_fixture(delta, gaps):
+    built, too_close = pairs.build_pairs(FIXTURE, pairs.Args(delta=delta))
+    assert [pair["gap"] for pair in built] == gaps
+    assert sum(gaps) / len(gaps) == pytest.approx({2: 8 / 3, 3: 3.2, 4: 3.75}[delta])
+    assert sorted(too_close) == {2: [], 3: [2], 4: [2, 3]}[delta]
+    assert built[0] == {
+        "id": "f",
+        "prompt": [{"role": "user", "content": "question f"}],
+        "chosen": [{"role": "assistant", "content": "f refined"}],
+        "rejected": [{"role": "assistant", "content": "f answer 0"}],
+        "chosen_scores": [9, 9],
+        "rejected_scores": [7, 6],
+        "margin": 5,
+        "gap": 5,
+    }
+
+
+def test_margin_and_gap_differ_on_the_grid():
+    lex = [(y, z) for y in GRID for z in GRID if pairs.is_preferred(y, z, "lex")]
+    found = [pairs.margin_and_gap(y, z, "lex") for y, z in lex]
+    wide = [(gap, sum(y) - sum(z)) for (margin, gap), (y, z) in zip(found, lex, strict=True) if margin >= 2]
+    assert len(wide) == 4770
+    assert sum(gap == 0 for gap, _ in wide) == 285
+    assert sum(total < 0 for _, total in wide) == 870
+
+
+def test_large_lambda_orders_lexicographically():
+    """Appendix E: on integer scores 1 to 10 the bound is λ > 20; 9.0 still ties."""
+
+    def agrees(weight):
+        return all(
+            pairs.is_preferred(y, z, "lex") == (weight * y[0] + y[1] > weight * z[0] + z[1]) for y in GRID for z in GRID
+        )
+
+    assert agrees(20.5) and not agrees(9.0)
+
+
+def test_lexicographic_order_of_three():
+    assert pairs.is_preferred([5, 5, 2], [5, 5, 1], "lex") and not pairs.is_preferred([5, 5, 1], [5, 5, 1], "lex")
+    assert pairs.is_preferred([5, 6, 1], [5, 5, 10], "lex") and pairs.is_preferred([6, 1, 1], [5, 10, 10], "lex")
+    assert pairs.is_preferred([5.0, 5, 2], [5, 5.0, 1], "lex"), "whole numbers and floats compare"
+    assert pairs.margin_and_gap([6, 1, 3], [5, 4, 1], "lex") == (6, 0)
+    row = scored_row("a", [[5, 5, 2], [5, 6, 1], [5, 5, 1]], [6, 1, 1])
+    ordered = [(p["chosen_scores"], p["rejected_scores"], p["margin"], p["gap"]) for p in build(row, delta=0)]
+    a, b, c, refined = [5, 5, 2], [5, 6, 1], [5, 5, 1], [6, 1, 1]
+    assert ordered == [
+        (refined, a, 6, 4), (refined, b, 6, 4), (refined, c, 5, 3), (b, a, 2, 0), (b, c, 1, 1), (a, c, 1, 1)
+    ]  # fmt: skip
+
+
+def test_pareto():
+    """Section 2: G_a >=, G_b >. Ours for more: none is worse, and one behind the first is better."""
+    for y in GRID:
+        for z in GRID:
+            assert pairs.is_preferred(y, z, "pareto") == (y[0] >= z[0] and y[1] > z[1])
+    for y, z, preferred in (
+        ([5, 5, 6], [5, 5, 5], True),
+        ([6, 6, 5], [5, 5, 5], True),
+        ([6, 5, 5], [5, 5, 5], False),  # better on the first alone, as [6, 5] over [5, 5]
+        ([5, 6, 4], [5, 5, 5], False),
+        ([4, 6, 6], [5, 5, 5], False),
+        ([5, 5, 5], [5, 5, 5], False),
+    ):
+        assert pairs.is_preferred(y, z, "pareto") is preferred
+
+
+def test_weighted():
+    assert pairs.composite([9, 2], [9, 1]) == 8.3 and pairs.composite([9, 2, 4], [1, 0, 3]) == 5.25
+    assert pairs.is_preferred([9, 2], [5, 9], "weighted", [9, 1])
+    assert not pairs.is_preferred([9, 2], [5, 9], "weighted", [1, 9])
+    # 0.1 · 6 + 0.2 · 3 and 0.1 · 2 + 0.2 · 5 are both 1.2, but not in binary
+    assert not pairs.is_preferred([6, 3], [2, 5], "weighted", [0.1, 0.2])
+    assert not pairs.is_preferred([2, 5], [6, 3], "weighted", [0.1, 0.2])
+    assert pairs.margin_and_gap([9, 2], [5, 9], "weighted", [9, 1]) == (11, pytest.approx(2.9))
+
+
+def test_expected_scores_lose_their_binary_dust():
+    assert pairs.margin_and_gap([9.3, 5], [9.1, 5], "lex") == (0.2, 0.2)
+    assert len(build(scored_row("a", [[9.3, 5], [9.1, 5]], None), delta=0.2)) == 1, "9.3 − 9.1 is 0.2"
+
+
+# ------------------------------------------------------------------------------------ who takes part
+
+
+def test_equal_texts_take_part_once():
+    row = scored_row("a", [[5, 5], [9, 9], [1, 1]], [10, 10], texts=["same", "same", "other"])
+    texts = {(p["chosen"][0]["content"], tuple(p["chosen_scores"])) for p in build(row)}
+    assert ("same", (5, 5)) in texts and ("same", (9, 9)) not in texts
+    row["refined"]["text"] = "other"
+    assert build(row, refined_only=True) == []
+    row = scored_row("a", [None, [9, 9], [1, 1]], None, texts=["same", "same", "other"])
+    assert [p["chosen_scores"] for p in build(row)] == [[9, 9]], "of the scored ones the first"
+
+
+def test_responses_without_text_are_never_taught():
+    """FAULTS 15: an empty response with [10, 1] against [5, 8] was chosen."""
+    row = scored_row("a", [[10, 1], [5, 8], [9, 9]], [10, 10], texts=["", "answer", " \n\t"])
+    row["refined"]["text"] = "\n"
+    assert build(row, delta=0) == []
+    row["refined"]["text"] = "refined"
+    assert [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in build(row)] == [("refined", "answer")]
+
+
+def test_what_was_cut_off_says_so():
+    row = scored_row("a", [[5, 5], [9, 9], [1, 1]], None)
+    row["responses"][1]["truncated"], row["responses"][2]["truncated"] = True, False
+    seen = {tuple(p["chosen_scores"] + p["rejected_scores"]): {k for k in p if "truncated" in k} for p in build(row)}
+    assert seen == {
+        (9, 9, 5, 5): {"chosen_truncated"}, (9, 9, 1, 1): {"chosen_truncated"}, (5, 5, 1, 1): set()
+    }  # fmt: skip
+    row["responses"][2]["truncated"] = True
+    assert all(p["rejected_truncated"] is True for p in build(row) if p["rejected_scores"] == [1, 1])
+
+
+def test_prompts_of_several_turns_and_the_system_prompt_of_the_preferred():
+    row = scored_row("a", [[5, 5], [9, 9]], [1, 1])
+    row["responses"][1]["system"] = "Be honest."
+    assert build(row, keep_system=True)[0]["prompt"][0] == {"role": "system", "content": "Be honest."}
+    assert [message["role"] for message in build(row)[0]["prompt"]] == ["user"]
+    said = (("system", "Be brief."), ("user", "one"), ("assistant", "two"), ("user", "three"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    row["prompt"] = messages
+    assert all(pair["prompt"] == messages for pair in build(row))
+    system, *rest = build(row, keep_system=True)[0]["prompt"]
+    assert system["role"] == "system" and "Be honest." in system["content"] and rest == messages[1:]
+
+
+def test_agrees_with_an_independent_reading_on_2000_random_rows():
+    """tests/spec_reading.py was written from SPEC.md alone, without sight of the stages."""
+    rng, count = random.Random(7), 0
+    for number in range(2000):
+        n, whole = rng.choice((1, 2, 3, 3, 5, 7)), rng.random() < 0.5
+
+        def score(whole=whole):
+            values = [rng.randint(1, 10) if whole else round(rng.uniform(1, 10), rng.choice((1, 6))) for _ in "ab"]
+            return None if rng.random() < 0.05 else values
+
+        texts = [rng.choice(("same", f"{i}")) if rng.random() < 0.2 else f"{i}" for i in range(n)]
+        row = scored_row(str(number), [score() for _ in range(n)], score(), texts)
+        if rng.random() < 0.1:
+            row["refined"]["text"] = texts[0]
+        if rng.random() < 0.2:
+            del row["refined"]
+        rule = rng.choice(("lex", "pareto", "weighted"))
+        options = {"delta": rng.choice((0.0, 0.3, 2.0, 3.0, 4.0)), "rule": rule}
+        options["weights"] = rng.choice(([6, 4], [9, 1], [0.7, 0.3])) if rule == "weighted" else None
+        options["refined_only"] = rng.random() < 0.3
+        built = build(row, **options)
+        expected = spec_reading.pairs(row, **options)
+        ours = {(p["chosen"][0]["content"], p["rejected"][0]["content"]): p for p in built}
+        theirs = {(p["chosen_text"], p["rejected_text"]): p for p in expected}
+        assert ours.keys() == theirs.keys() and len(built) == len(expected), (row, options)
+        for key, pair in ours.items():
+            assert all(pair[side] == theirs[key][side] for side in ("chosen_scores", "rejected_scores"))
+            assert pair["margin"] == pytest.approx(theirs[key]["margin"])
+            assert pair["gap"] == pytest.approx(theirs[key]["gap"], abs=1e-9)
+        count += len(built)
+    assert count > 2000
+
+
+# ------------------------------------------------------------------------------------ what it writes and says
+
+
+def test_it_writes_what_it_promises(tmp_path, call):
+    write_rows(tmp_path / "04_denoised.jsonl", [FIXTURE, scored_row("same", [[5, 5]] * 3, [5, 5])])
+    make_record(tmp_path, "04", objectives=["honesty", "helpfulness"])
+    code, out, err = call("05_pairs", "--run_dir", tmp_path)
+    assert code == 0 and err == "", err
+    built = read_rows(tmp_path / "05_pairs.jsonl")
+    assert built == build(FIXTURE)
+    record = json.loads((tmp_path / "05_args.json").read_text())
+    assert record["complete"] and record["rows"] == 6
+    for pattern in (
+        r"\A05 pairs: .*04_denoised.jsonl, lex rule on Honesty before Helpfulness, margin >= 2\n",
+        r"prompts in +2\n.*- without a pair +1\n.*prompts with pairs +1\n",
+        r"pairs: 6, mean gap 2.667",
+        r"margin, in steps of 1: 2: 1, 3: 1, 4: 1, 5: 3\n",
+        r"zero gap \(weight 0 in SPA\): 1; preferred response has the lower total: 2\n",
+        r"That is meant: .*primary.*\|gap\|",
+        r"wrote .*05_pairs.jsonl\nnext: accelerate launch 06_train.py",
+    ):
+        assert re.search(pattern, out, re.DOTALL), (pattern, out)
+
+
+def test_margins_of_expected_scores_have_bins_of_their_size():
+    def table(*margins):
+        return pairs.margin_table(Counter(round(1000 * margin) for margin in margins))
+
+    assert table(2, 2, 3, 11) == "in steps of 1: 2: 2, 3: 1, 11: 1"
+    assert table(0.31, 0.33, 0.34, 0.52) == "in steps of 0.05: 0.3: 3, 0.5: 1"
+    assert table(0.5, 0.9, 3.2, 4.4) == "in steps of 0.5: 0.5: 2, 3: 1, 4: 1"
+    assert table(0.011) == "in steps of 0.01: 0.01: 1"
+    assert table(0.1, 89.5) == "in steps of 10: 0: 1, 80: 1"
+    rng = random.Random(3)
+    for spread in (0.05, 0.3, 1, 4, 18):
+        margins = [rng.random() * spread for _ in range(500)]
+        counts = [int(part.split(": ")[-1]) for part in table(*margins).split(", ")]
+        assert sum(counts) == 500 and 4 <= len(counts) <= 11, spread
+
+
+def test_no_pair_is_exit_code_3_with_advice(tmp_path, call):
+    write_rows(tmp_path / "04_denoised.jsonl", [scored_row("near", [[5, 5], [5.1, 5]], [5.2, 5.1])])
+    for _ in range(2):  # the same command says the same again
+        code, out, err = call("05_pairs", "--run_dir", tmp_path)
+        assert code == 3 and "the widest of 3 ordered pairs is 0.3 apart" in err and "--delta" in err
+        assert re.search(r"prompts with pairs +0\n", out)
+    write_rows(tmp_path / "04_denoised.jsonl", [scored_row("none", [None, [5, 5]], None)])
+    code, _, err = call("05_pairs", "--run_dir", tmp_path, "--overwrite")
+    assert code == 3 and "no prompt has two responses" in err
+    write_rows(tmp_path / "04_denoised.jsonl", [])
+    code, _, err = call("05_pairs", "--run_dir", tmp_path, "--overwrite")
+    assert code == 2 and "no rows" in err
+
+
+def test_gaps_that_are_all_zero_are_warned_of(tmp_path, call):
+    write_rows(tmp_path / "04_denoised.jsonl", [scored_row("a", [[8, 5], [7, 6]], None)])
+    code, _, err = call("05_pairs", "--run_dir", tmp_path)
+    assert code == 0 and "every gap is 0" in err and "--loss simpo" in err
+
+
+def test_reward_soups_from_scored_rows_without_refinement(tmp_path, call):
+    row = scored_row("a", [[9, 2], [5, 9], [5, 4]], [1, 1])
+    del row["refined"]
+    write_rows(tmp_path / "02_scores.jsonl", [row])
+    options = ("--input", tmp_path / "02_scores.jsonl", "--rule", "weighted", "--delta", 0)
+    code, _, err = call("05_pairs", "--run_dir", tmp_path, *options, "--weights", 9, 1)
+    assert code == 0, err
+    built = read_rows(tmp_path / "05_pairs.jsonl")
+    assert [pair["gap"] for pair in built] == [pytest.approx(g) for g in (2.9, 3.4, 0.5)]
+    wrong = {(1, 2, 3): "2 numbers >= 0", (1, -1): "2 numbers >= 0", (0, 0): "not all 0", (): "go together"}
+    for weights, words in wrong.items():
+        given = ("--weights", *weights) if weights else ()
+        code, _, err = call("05_pairs", "--run_dir", tmp_path / "bad", *options, *given)
+        assert code == 2 and words in err and not (tmp_path / "bad").exists(), err
+    code, _, err = call("05_pairs", "--run_dir", tmp_path / "bad", "--weights", 1, 2)
+    assert code == 2 and "go together" in err
+
+
+def test_three_objectives_through_the_stage(tmp_path, call):
+    row = scored_row("a", [[5, 5, 2], [5, 6, 1], [5, 5, 1]], [6, 1, 1])
+    write_rows(tmp_path / "03_refined.jsonl", [row])
+    make_record(tmp_path, "03", objectives=["harmlessness", "honesty", "helpfulness"])
+    options = ("--input", tmp_path / "03_refined.jsonl", "--delta", 1)
+    code, out, err = call("05_pairs", "--run_dir", tmp_path, *options)
+    assert code == 0 and "lex rule on Harmlessness before Honesty before Helpfulness" in out, err
+    assert read_rows(tmp_path / "05_pairs.jsonl") == build(row, delta=1) and len(build(row, delta=1)) == 6
+    options = (*options, "--rule", "weighted", "--weights", 0, 1, 0, "--overwrite")
+    code, _, err = call("05_pairs", "--run_dir", tmp_path, *options)
+    assert code == 0 and read_rows(tmp_path / "05_pairs.jsonl")[0]["chosen_scores"] == [5, 6, 1], err
+
+
+# ------------------------------------------------------------------------------------ runs and kills
+
+
+def test_a_run_branches(tmp_path, call, monkeypatch):
+    write_rows(tmp_path / "base" / "04_denoised.jsonl", [FIXTURE])
+    make_record(tmp_path / "base", "04", objectives=["honesty", "helpfulness"], model="m")
+    monkeypatch.chdir(tmp_path)
+    assert call("05_pairs", "--run_dir", "base")[0] == 0
+    code, out, err = call("05_pairs", "--input", "base", "--run_dir", "four", "--delta", 4)
+    assert code == 0 and "Honesty" in out and "not found" not in err, err
+    assert len(read_rows(tmp_path / "four" / "05_pairs.jsonl")) == 4
+    assert len(read_rows(tmp_path / "base" / "05_pairs.jsonl")) == 6, "the first one is left alone"
+    assert common.made_by(tmp_path / "four" / "05_pairs.jsonl")["04"]["model"] == "m"
+    code, _, err = call("05_pairs", "--run_dir", tmp_path / "empty")
+    assert code == 2 and "04_denoised.jsonl" in err and not (tmp_path / "empty").exists()
