@@ -1,7 +1,7 @@
 """Blind pairwise annotation by people, and their agreement with each other and the judge (Figure 8, Table 6).
 
 With --runs it builds one HTML page that shows two systems' answers to the same prompts, sides shuffled, and
-asks which is better on each of the two objectives. The page needs no server and no network, runs no markup of
+asks which is better on each of the objectives. The page needs no server and no network, runs no markup of
 a model, keeps its progress in the browser and does not name the systems (what an answer says of its own maker
 stays). Each annotator sends back the JSON file that its Export button saves. With --exports it computes the
 agreement from those files.
@@ -26,12 +26,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import shared
@@ -55,7 +52,7 @@ class Args:
     judge_tie: float = arg(0.0, "scores no further apart are a tie of the judge (ours, for expected scores)")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The page.
 
 # Its policy allows no host, not even its own folder, and only this style and script. A download link to a
@@ -472,15 +469,15 @@ def build_study(runs: list[shared.Run], num_prompts: int, seed: int) -> tuple[di
         left = common.derive_seed(seed, "side", id) % 2
         answers = [of[id]["responses"][0] for of in rows]
         sides = {"left": answers[left]["text"], "right": answers[1 - left]["text"]}
-        items.append({"item": item, "prompt": rows[0][id]["prompt"]} | sides)
+        items.append({"item": item, "prompt": common.plain_text(rows[0][id]["prompt"])} | sides)
         sides = {"left": runs[left].name, "right": runs[1 - left].name}
         scores = {run.name: answer["scores"] for run, answer in zip(runs, answers, strict=True)}
         keys.append({"item": item, "id": id} | sides | {"scores": scores})
-    objectives = runs[0].facts.get("objectives", [[name, ""] for name in runs[0].objectives])
+    objectives = shared.definitions(runs[0].args) or [[name, ""] for name in runs[0].objectives]
     data = {"dimensions": [{"name": name, "definition": text} for name, text in objectives], "items": items}
     study = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     key = {"study": study, "systems": [run.name for run in runs], "dimensions": runs[0].objectives}
-    return {"study": study} | data, key | {"judge": runs[0].facts.get("judge_model"), "items": keys}
+    return {"study": study} | data, key | {"judge": runs[0].judge, "items": keys}
 
 
 def build_page(data: dict) -> str:
@@ -502,8 +499,6 @@ def build(args: Args) -> None:
     check(len(runs) == 2, f"--runs: two runs are compared, {len(runs)} are given")
     names = [run.name for run in runs]
     check(names[0] != names[1], f"--runs: both are named '{names[0]}'; give each a NAME=DIR of its own")
-    if runs[0].facts.get("objectives") != runs[1].facts.get("objectives"):
-        common.warn(f"other definitions in {runs[1].path}; the page shows those of {runs[0].path}")
     data, key = build_study(runs, args.num_prompts, args.seed)
 
     page_file = shared.output_path(args.output_dir, "annotate.html")
@@ -529,13 +524,13 @@ def build(args: Args) -> None:
     print(f"then: python eval/annotate.py --exports FILE … --key {key_file}")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Exports.
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; UserError if there is none."""
-    check(path.exists(), f"{path} not found")
+    check(path.is_file(), f"{path}: no such file")
     value = common.parse_json("".join(line for _, line in common.read_lines(path)), str(path))
     check(isinstance(value, dict), f"{path}: not a JSON object")
     return value
@@ -586,7 +581,7 @@ def judge_choices(key: dict, tie: float) -> dict[tuple[str, str], str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Agreement.
 
 
@@ -715,8 +710,7 @@ def report(rows: list[dict], key: dict, people: dict[str, dict]) -> str:
         header = ["dimension", "who", "items", "agreement %, 95 % interval", "κ"]
         found = [row for row in rows if row["table"] == table]
         cells = [
-            [row["dimension"], row["who"], str(row["items"]), percent(row), rounded(row["kappa"])]
-            for row in found
+            [row["dimension"], row["who"], str(row["items"]), percent(row), rounded(row["kappa"])] for row in found
         ]
         lines += [note, "", shared.markdown_table(header, cells), ""] if found else []
     return "\n".join(lines).rstrip()

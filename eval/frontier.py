@@ -1,6 +1,7 @@
 """Which way did the prompts move? Primary × secondary scores before and after, and the paper's ordering.
 
-Each prompt is a point (its mean scores); the Pareto front is the points that no other one beats on both axes.
+Each prompt is a point (its mean scores on the first two objectives); the Pareto front is the points that no other one
+beats on both axes.
 From the first run to each other one every shared prompt moves up, down or sideways on each axis: where the
 primary falls the priority is broken, whatever the secondary gained.
 
@@ -62,7 +63,9 @@ def main(args: Args) -> None:
     common.check_at_least(args, 0, "tolerance")
     runs = shared.read_runs(args.runs, least=2)
     names = runs[0].objectives
-    means = [shared.prompt_means(run.groups()) for run in runs]
+    if len(names) > 2:
+        common.warn(f"of {len(names)} objectives only {names[0]} and {names[1]} are shown")
+    means = [{id: point[:2] for id, point in shared.prompt_means(run.groups()).items()} for run in runs]
     texts, table = [], []
     for run, after in zip(runs[1:], means[1:], strict=True):
         ids = [id for id in shared.shared_ids(runs[0], run) if id in means[0] and id in after]
@@ -98,18 +101,10 @@ def main(args: Args) -> None:
             axes.step(*front.T, where="pre", color=colour, linewidth=1)
             label = f"{run.name}: mean {primary.mean():.2f}, {secondary.mean():.2f}"
             axes.scatter(
-                secondary.mean(),
-                primary.mean(),
-                s=150,
-                marker=marker,
-                color=colour,
-                edgecolor="black",
-                label=label,
+                secondary.mean(), primary.mean(), s=150, marker=marker, color=colour, edgecolor="black", label=label
             )
         axes.set(xlabel=f"{names[1]} (secondary)", ylabel=f"{names[0]} (primary)")
-        axes.legend(
-            title="large: mean; line: Pareto front", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2
-        )
+        axes.legend(title="large: mean; line: Pareto front", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     print("\n\n".join(texts))
     print(f"wrote {path}, {path.with_suffix('.md').name}, .png and .pdf")
 

@@ -3,6 +3,7 @@
 A row per system: the mean score of each dimension over prompts with a bootstrap 95 % interval, HH_λ
 (Table 3), and the paired difference to the first system (Vanilla), also with its interval. The best of a
 column is bold only where its paired difference to every other system lies above 0 with its whole interval.
+HH_λ is defined for two objectives; with more it is left out.
 
     reads   run directories that 01_sample.py (--temperature 0 --n 1, test prompts) and 02_score.py have made,
             one judge for all; NAME=DIR, or SET:NAME=DIR for several test sets; DIR+refined: refined answers
@@ -24,7 +25,7 @@ from common import arg, check
 @dataclass
 class Args:
     runs: list[str] = arg(None, f"{shared.RUN_HELP}; the first of a test set is the one compared with")
-    hh: list[str] = arg(("5", "10", "20"), "λ of HH_λ = (λ primary + secondary) / (λ + 1) (paper, Table 3)")
+    hh: list[float] = arg((5.0, 10.0, 20.0), "λ of HH_λ = (λ primary + secondary) / (λ + 1) (paper, Table 3)")
     output_dir: str = arg("runs/eval", "folder of the tables")
     seed: int = arg(0, "seed of the bootstrap")
 
@@ -35,10 +36,10 @@ def hh_score(primary: float, secondary: float, weight: float) -> float:
 
 
 def measures(run: shared.Run, weights: list[float]) -> dict[str, np.ndarray]:
-    """id -> (primary, secondary, HH_λ for each weight) of each prompt that has a score."""
+    """id -> (mean of each objective, HH_λ for each weight) of each prompt that has a score."""
     return {
-        id: np.array([*pair, *(hh_score(*pair, weight) for weight in weights)])
-        for id, pair in shared.prompt_means(run.groups()).items()
+        id: np.array([*means, *(hh_score(*means, weight) for weight in weights)])
+        for id, means in shared.prompt_means(run.groups()).items()
     }
 
 
@@ -49,6 +50,7 @@ def paired(one: dict, other: dict, ids: list[str]) -> np.ndarray:
 
 def table_rows(runs: list[shared.Run], weights: list[float], seed: int) -> list[dict]:
     """A row per system and measure of one test set: mean, interval, paired difference to the first system."""
+    weights = weights if len(runs[0].objectives) == 2 else []
     names = [*runs[0].objectives, *(f"HH{weight:g}" for weight in weights)]
     values = [measures(run, weights) for run in runs]
     rows = []
@@ -61,6 +63,8 @@ def table_rows(runs: list[shared.Run], weights: list[float], seed: int) -> list[
             for rival, theirs in zip(runs, values, strict=True)
             if rival is not run
         ]
+        if run is not runs[0] and not len(difference):
+            common.warn(f"{run.path} and {runs[0].path} have no scored prompt in common: no difference is shown")
         scores = [pair for group in run.groups().values() for pair in group]
         for i, name in enumerate(names):
             low, high = shared.bootstrap_interval(table[:, i], seed=seed)
@@ -106,16 +110,11 @@ def differences_table(rows: list[dict], base: str) -> tuple[list[str], list[list
 
 
 def main(args: Args) -> None:
-    weights = []
-    for text in args.hh:
-        fits = text.replace(".", "", 1).isdigit() and float(text) > 0
-        check(fits, f"--hh {text}: a number above 0 is wanted")
-        weights.append(float(text))
+    check(min(args.hh) > 0, f"--hh {min(args.hh):g}: numbers above 0 are wanted")
     runs = shared.read_runs(args.runs)
     markdown, latex, everything = [], [], []
-    for test_set in dict.fromkeys(run.test_set for run in runs):
-        systems = [run for run in runs if run.test_set == test_set]
-        rows = table_rows(systems, weights, args.seed)
+    for test_set, systems in shared.by_test_set(runs).items():
+        rows = table_rows(systems, list(args.hh), args.seed)
         tables = [means_table(rows)]
         if len(systems) > 1:
             tables.append(differences_table(rows, systems[0].name))
@@ -128,7 +127,7 @@ def main(args: Args) -> None:
     shared.write_text(path.with_suffix(".tex"), "\n\n".join(latex))
     shared.write_csv(path.with_suffix(".csv"), everything)
     print("\n\n".join(markdown))
-    judges = sorted({str(run.facts.get("judge_model", "unknown")) for run in runs})
+    judges = sorted({run.judge or "unknown" for run in runs})
     print(f"\nmeans over prompts; judge: {', '.join(judges)}; bootstrap over prompts, 10,000 draws")
     print(f"wrote {path}, .tex and .csv")
 

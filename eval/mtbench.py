@@ -11,32 +11,30 @@ again twice, with sampling, then it is null: counted, left out, never a default 
             {"question_id": 101, "choices": [{"turns": ["…", "…"]}]}
     writes  OUTPUT_DIR/mtbench.md and mtbench.csv: means by category, of turn 1, turn 2 and both, with
             bootstrap intervals over questions and each model's paired difference to the first one
-            OUTPUT_DIR/mtbench_answers.jsonl and mtbench_judgments.jsonl, where an interrupted run goes on:
-            {"key": "…", "model": "SPA", "question_id": 101, "category": "reasoning", "turns": ["…", "…"], …}
-            {"key": "…", "model": "SPA", "question_id": 101, "turn": 2, "rating": 7, "judgment": "…", …}
-            `key` is made of the model's files, the settings and the prompt: a row whose key fits is never
-            made again, rows of other settings stay where they are
+            OUTPUT_DIR/mtbench_answers_NAME.jsonl and mtbench_judgments_NAME.jsonl, where an interrupted run goes on:
+            {"id": 101, "category": "reasoning", "turns": ["…", "…"], "truncated": [false, false]}
+            {"id": "101/2", "question_id": 101, "turn": 2, "rating": 7, "judgment": "…", "tries": 1}
     run     python eval/mtbench.py --questions question.jsonl --references gpt-4.jsonl \\
                 --models Vanilla=ORG/NAME SPA=runs/x/06_model --judge_model gpt-4 --judge_endpoint URL
 
 Published scores have GPT-4 as the judge; those of another one compare only with each other.
 
-Hardware: one GPU that holds the models one after the other, and the judge if it is local.
+Hardware: one GPU that holds the models one after the other, and the judge if it is local; or servers (--endpoint has
+all of --models, --judge_endpoint the judge).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import gc
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import shared
 
 import common
@@ -101,41 +99,29 @@ JUDGE_PROMPTS = {
         "### Reference answer:\n{reference_2}\n\n<|The End of Reference Answer|>\n\n\n" + CONVERSATION,
     ),
 }
-RETRIES = 2  # sampled, after the greedy judgment
 TURNS = ("1", "2", "both")
 OVERALL = "all questions"
 
 
 @dataclass
-class Args:
-    models: list[str] | None = arg(None, "NAME=MODEL or MODEL each: hub name, folder or smollm2-135m")
-    questions: str | None = arg(None, "FastChat's mt_bench question file")
-    references: str | None = arg(None, "FastChat's file of reference answers, for math, reasoning and coding")
-    limit: int | None = arg(None, "only the first questions of each category")
+class Args(common.ModelArgs):
+    models: list[str] | None = arg(None, "NAME=MODEL or MODEL each, as --model is given elsewhere", free=True)
+    questions: str | None = arg(None, "FastChat's mt_bench question file", free=True)
+    references: str | None = arg(None, "FastChat's file of reference answers, for math, reasoning, coding", free=True)
+    limit: int | None = arg(None, "only the first questions of each category", free=True)
     max_new_tokens: int = arg(1024, "longest answer in tokens (FastChat)")
-    judge_model: str | None = arg(None, "the judge: a local model, or its name at --judge_endpoint")
-    judge_endpoint: str | None = arg(None, "URL of the judge's server; its key: SPA_JUDGE_API_KEY")
+    judge_model: str | None = arg(None, "the judge: a local model, or its name at --judge_endpoint", free=True)
+    judge_endpoint: str | None = arg(None, "URL of the judge's server; its key: SPA_JUDGE_API_KEY", free=True)
     judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
     judge_max_new_tokens: int = arg(2048, "longest judgment in tokens (FastChat)")
     judge_system: bool = arg(True, "--no-…: no system prompt, for a judge whose template refuses one (ours)")
-    chat_template: str | None = arg(None, "file with a Jinja chat template, for models that have none")
-    dtype: str = arg(
-        "auto", "weights; auto: bfloat16 on a GPU, else float32", ("auto", "float32", "bfloat16")
-    )
-    device_map: str | None = arg(
-        None, "auto spreads a model too large for one GPU over all", ("auto", "balanced", "sequential")
-    )
-    continuous_batching: bool = arg(True, "on a GPU where it works: transformers' own")
-    batch_size: int = arg(16, "answers or judgments written at a time (ours)")
-    concurrency: int = arg(32, "requests under way at the judge's endpoint")
-    request_timeout: float = arg(600.0, "seconds that an endpoint may take for an answer")
-    retries: int = arg(6, "further tries of a request that failed, after 1, 2, 4 … seconds")
-    output_dir: str = arg("runs/eval", "folder of the tables")
-    seed: int = arg(0, "seed of sampled answers, and of a judgment's second and third try")
-    overwrite: bool = arg(False, "answer and judge again what is already there")
+    batch_size: int = arg(16, "answers or judgments written at a time (ours)", free=True)
+    output_dir: str = arg("runs/eval", "folder of the tables", free=True)
+    model: str | None = arg(None, "the same as --models with one", free=True)
+    run_dir: str | None = arg(None, "not used here: see --models and --output_dir", free=True)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Questions and references.
 
 
@@ -159,7 +145,7 @@ def read_by_id(path: Path, option: str) -> dict:
 
 
 def read_questions(path: str, references: str | None, limit: int | None) -> list[dict]:
-    """[{"question_id", "category", "turns", "references"}, …], `references` two texts or None."""
+    """[{"id", "category", "turns", "references"}, …], `references` two texts or None."""
     answers, questions, taken = {}, [], Counter()
     if references:
         for id, (where, row) in read_by_id(Path(references), "--references").items():
@@ -178,92 +164,88 @@ def read_questions(path: str, references: str | None, limit: int | None) -> list
         check(id in answers or not needs, f"{missing}{references} has none")
         taken[category] += 1
         if limit is None or taken[category] <= limit:
-            question = {"question_id": id, "category": category, "turns": turns}
+            question = {"id": id, "category": category, "turns": turns}
             questions.append(question | {"references": answers[id] if needs else None})
     return questions
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Answers.
 
 
-def encode_conversation(tokenizer, texts: list[str]) -> list[int]:
-    """Token ids of a conversation (user, assistant, user, …) up to where the assistant begins to write."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
-    return common.encode_pieces(tokenizer, common.render_chat(tokenizer, messages, True))
-
-
-def write_turn(
-    backend: common.LocalModel, prompts: list[list[int]], seeds: list[int], temperature: float, longest: int
-) -> list[common.Completion]:
-    """An answer to each tokenized conversation, of at most `longest` tokens and within the context."""
-    rooms = [max(0, min(longest, backend.context - len(prompt))) for prompt in prompts]
-    answers = [common.Completion("", 0, True)] * len(prompts)  # what it is where no room is left
-    for room in sorted(set(rooms) - {0}):
-        places = [i for i, found in enumerate(rooms) if found == room]
-        groups = backend.decode(
-            [prompts[i] for i in places],
-            [1] * len(places),
-            [seeds[i] for i in places],
-            temperature=temperature,
-            max_new_tokens=room,
+def name_models(specs: list[str] | None) -> dict[str, str]:
+    """name -> model, of NAME=MODEL or MODEL. Raises UserError without any, or if a name stands twice."""
+    check(specs, "--models: at least one is wanted, NAME=MODEL or MODEL")
+    models = {}
+    for spec in specs:
+        name, model = shared.split_spec(spec)
+        name = name or Path(model).name
+        check(name and model, f"--models {spec}: NAME=MODEL or MODEL is wanted")
+        check(
+            re.fullmatch(r"[\w.+-]+", name), f"--models {spec}: a name of letters, digits, . + - and _; files have it"
         )
-        for i, (answer,) in zip(places, groups, strict=True):
-            answers[i] = answer
+        check(name not in models, f"--models: '{name}' twice; give each a NAME=MODEL of its own")
+        models[name] = model
+    return models
+
+
+def write_turn(engine, chats: list[list[dict]], seeds: list[int], temperatures: list[float], longest: int) -> list:
+    """A completion of each conversation, of at most `longest` tokens and within the context; None: refused."""
+    answers: list = [common.Completion("", 0, True)] * len(chats)  # what it is where no room is left
+    groups: dict[tuple, list[int]] = {}
+    for i, chat in enumerate(chats):
+        fits = not common.too_long(engine, chat, engine.context - longest)
+        room = longest if fits else engine.context - engine.length(chat)
+        groups.setdefault((temperatures[i], room), []).append(i)
+    for (temperature, room), places in groups.items():
+        if room > 0:
+            asked, drawn = [chats[i] for i in places], [seeds[i] for i in places]
+            found = engine.complete(asked, drawn, temperature=temperature, max_new_tokens=room)
+            for i, answer in zip(places, found, strict=True):
+                answers[i] = answer
     return answers
 
 
-def answer_batch(args: Args, backend: common.LocalModel, batch: list[dict]) -> list[dict]:
-    """The rows of some questions of one temperature: both turns, the second after the first."""
-    temperature = TEMPERATURES.get(batch[0]["category"], OTHER_TEMPERATURE)
-    texts, cut = [[] for _ in batch], [[] for _ in batch]
+def answer(args: Args, engine, some: list[dict]) -> list[dict | None]:
+    """The rows of some questions: both turns, the second after the first; None where a server refuses one."""
+    temperatures = [TEMPERATURES.get(row["category"], OTHER_TEMPERATURE) for row in some]
+    chats, answers = [[] for _ in some], [[] for _ in some]
     for turn in (0, 1):
-        for text, row in zip(texts, batch, strict=True):
-            text.append(row["turns"][turn])
-        prompts = [encode_conversation(backend.tokenizer, text) for text in texts]
-        seeds = [common.derive_seed(args.seed, row["question_id"], turn) for row in batch]
-        for i, answer in enumerate(write_turn(backend, prompts, seeds, temperature, args.max_new_tokens)):
-            texts[i].append(answer.text)
-            cut[i].append(answer.truncated)
-    return [{"turns": text[1::2], "truncated": ends} for text, ends in zip(texts, cut, strict=True)]
+        chats = [[*c, {"role": "user", "content": row["turns"][turn]}] for c, row in zip(chats, some, strict=True)]
+        seeds = [common.derive_seed(args.seed, row["id"], turn) for row in some]
+        for i, one in enumerate(write_turn(engine, chats, seeds, temperatures, args.max_new_tokens)):
+            answers[i].append(one)
+            chats[i].append({"role": "assistant", "content": one.text if one else ""})
+    return [
+        {"id": row["id"], "category": row["category"], "turns": [one.text for one in own]}
+        | {"truncated": [one.truncated for one in own]}
+        if None not in own
+        else None
+        for row, own in zip(some, answers, strict=True)
+    ]
 
 
-def answer_questions(args: Args, backend, name: str, rows: list[dict], done: dict, file) -> None:
-    """Adds the model's missing answers to `done` and `file`; each row is a question with its `key`.
-
-    Batches are planned over all questions, so an interruption changes none.
-    """
-    from tqdm import tqdm
-
-    missing = sum(row["key"] not in done for row in rows)
-    if not missing:
-        return
-    backend.open()
-    groups: dict[float, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(TEMPERATURES.get(row["category"], OTHER_TEMPERATURE), []).append(row)
-    with tqdm(total=len(rows), initial=len(rows) - missing, unit="question", desc=f"answers {name}") as bar:
-        for group in groups.values():
-            lengths = [len(encode_conversation(backend.tokenizer, row["turns"][:1])) for row in group]
-            made = [row["key"] in done for row in group]
-
-            def work(batch: list[int], group=group) -> list[dict]:
-                return answer_batch(args, backend, [group[i] for i in batch])
-
-            batches = common.plan_batches(lengths, [1] * len(group), backend.sequences())
-            for i, answer in common.run_batches(backend, batches, made, work):
-                if not made[i]:
-                    row = group[i]
-                    about = {"key": row["key"], "model": name, "question_id": row["question_id"]}
-                    done[row["key"]] = about | {"category": row["category"]} | answer
-                    file.write(common.dump_row(done[row["key"]]))
-                    file.flush()
-                    bar.update()
-                bar.set_postfix_str(backend.rates())
+def answer_all(args: Args, name: str, model: str, questions: list[dict]) -> list[dict]:
+    """Every question's answers by one model, resumed."""
+    # what does not change the answers is left out, so that another judge finds them
+    judge = {"judge_model": None, "judge_endpoint": None, "judge_chat_template": None, "judge_max_new_tokens": 0}
+    own = dataclasses.replace(args, model=model, judge_system=True, **judge)
+    output = shared.output_path(args.output_dir, f"mtbench_answers_{name}.jsonl")
+    asked = str(common.derive_seed([[row["id"], row["turns"]] for row in questions]))
+    record_file = output.with_name(f"{output.stem}_args.json")
+    record = common.begin(own, "eval/mtbench", [output], record_file=record_file, **{"--questions": asked})
+    engine = common.make_engine(own)
+    if not record["complete"]:
+        engine.open()
+    sizes = [(sum(len(text.encode()) // 3 for text in row["turns"]) + 2 * args.max_new_tokens, 1) for row in questions]
+    work = functools.partial(answer, own, engine)
+    rows = common.map_rows(work, questions, sizes, record, output, engine, f"answers of {name}")
+    common.finish(record, len(rows))
+    common.show_tokens(engine)
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Judgments.
 
 
@@ -290,92 +272,62 @@ def judge_request(question: dict, answers: list[str], turn: int, with_system: bo
 
 
 def parse_rating(text: str) -> float | int | None:
-    """The first [[number]] of a judgment, else its first [number]; None if it isn't from 1 to 10.
+    """The [[number]] of a judgment, else its [number]; None if it isn't from 1 to 10, or if several differ.
 
-    The patterns are FastChat's. A whole number comes as an int.
+    The patterns are FastChat's, which takes the first of several. What follows the last </think> counts. A whole
+    number comes as an int.
     """
-    number = r"(\d+\.?\d*)"
-    match = re.search(rf"\[\[{number}\]\]", text) or re.search(rf"\[{number}\]", text)
-    value = float(match[1]) if match else math.nan
+    number, text = r"(\d+\.?\d*)", text.rpartition("</think>")[2]
+    found = re.findall(rf"\[\[{number}\]\]", text) or re.findall(rf"\[{number}\]", text)
+    values = set(map(float, found))
+    value = values.pop() if len(values) == 1 else math.nan
     if not 1 <= value <= 10:
         return None
     return int(value) if value == int(value) else value
 
 
-def judge_batch(args: Args, judge: common.Backend, batch: list[dict]) -> list[dict]:
-    """{"rating", "judgment", "tries"} of each item; judgment None: too long for the judge, or refused."""
-    found = [{"rating": None, "judgment": None, "tries": 0} for _ in batch]
-    longest = judge.context - args.judge_max_new_tokens
-    todo = [i for i, item in enumerate(batch) if judge.length(item["prompt"], item["system"]) <= longest]
-    for attempt in range(1 + RETRIES):
-        answers = judge.complete(
-            [
-                common.Request(
-                    batch[i]["prompt"],
-                    batch[i]["system"],
-                    1,
-                    common.derive_seed(args.seed, batch[i]["key"], attempt),
-                )
-                for i in todo
-            ],
-            temperature=0.0 if attempt == 0 else 1.0,
-            max_new_tokens=args.judge_max_new_tokens,
-        )
-        for i, (answer,) in zip(todo, answers, strict=True):
-            if answer:
-                rating = parse_rating(answer.text)
-                found[i] = {"rating": rating, "judgment": answer.text, "tries": attempt + 1}
-        todo = [
-            i for i, (answer,) in zip(todo, answers, strict=True) if answer and found[i]["rating"] is None
-        ]
-    return found
+def grade(args: Args, judge, some: list[dict]) -> list[dict]:
+    """The finished rows of some answers; judgment None: too long for the judge, or refused."""
+    chats = [common.as_messages(item["prompt"], item["system"]) for item in some]
+    done = [{key: item[key] for key in ("id", "question_id", "turn")} for item in some]
+    done = [row | {"rating": None, "judgment": None, "tries": 0} for row in done]
+    room = judge.context - args.judge_max_new_tokens
+    todo = [i for i, chat in enumerate(chats) if not common.too_long(judge, chat, room)]
+    for attempt in range(1 + common.JSON_RETRIES):
+        seeds = [common.derive_seed(args.seed, some[i]["id"], attempt) for i in todo]
+        sampling = {"temperature": 1.0 if attempt else 0.0, "max_new_tokens": args.judge_max_new_tokens}
+        answers = judge.complete([chats[i] for i in todo], seeds, **sampling) if todo else []
+        for i, one in zip(todo, answers, strict=True):
+            if one:
+                done[i] |= {"rating": parse_rating(one.text), "judgment": one.text, "tries": attempt + 1}
+        todo = [i for i, one in zip(todo, answers, strict=True) if one and done[i]["rating"] is None]
+    return done
 
 
-def judge_answers(args: Args, judge: common.Backend, items: list[dict], done: dict, file) -> None:
-    """Adds the missing judgments to `done` and `file`; an item has key, model, question_id, turn, prompts."""
-    made = [item["key"] in done for item in items]
-    if all(made):
-        return
-    judge.open()
-    lengths = [judge.length(item["prompt"], item["system"]) for item in items]
-    batches = common.plan_batches(lengths, [1] * len(items), judge.sequences())
-
-    def work(batch: list[int]) -> list[dict]:
-        return judge_batch(args, judge, [items[i] for i in batch])
-
-    with common.progress("judgments", batches, made) as bar:
-        for i, found in common.run_batches(judge, batches, made, work):
-            if not made[i]:
-                about = {key: items[i][key] for key in ("key", "model", "question_id", "turn")}
-                done[about["key"]] = about | {"judge": args.judge_model} | found
-                file.write(common.dump_row(done[about["key"]]))
-                file.flush()
-                bar.update()
-            bar.set_postfix_str(judge.rates())
-
-
-# ---------------------------------------------------------------------------------------------------
-# Models and resume.
-
-
-def complete_file(args: Args, path: Path, keys: list[str], make) -> list[dict]:
-    """The rows `keys` of a file, in order. make(done, file) adds those that are missing to both.
-
-    At the end the file has the rows of other settings first, then these.
-    """
-    done, wanted = shared.read_done(path), set(keys)
-    if args.overwrite:
-        done = {key: row for key, row in done.items() if key not in wanted}
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        make(done, file)
-    rows = [done[key] for key in keys]
-    with common.replace_file(path) as file:
-        others = [row for key, row in done.items() if key not in wanted]
-        file.writelines(common.dump_row(row) for row in (*others, *rows))
+def judge_all(args: Args, judge, open_judge, name: str, questions: list[dict], answers: list[dict]) -> list[dict]:
+    """The judgment of every answer of one model, resumed."""
+    # what has changed the answers has done so already
+    own = dataclasses.replace(args, model=None, endpoint=None, chat_template=None, max_new_tokens=0)
+    output = shared.output_path(args.output_dir, f"mtbench_judgments_{name}.jsonl")
+    items, by_id = [], {row["id"]: row for row in questions}
+    for row in answers:
+        for turn in (1, 2):
+            system, prompt = judge_request(by_id[row["id"]], row["turns"], turn, args.judge_system)
+            about = {"id": f"{row['id']}/{turn}", "question_id": row["id"], "turn": turn}
+            items.append(about | {"system": system, "prompt": prompt})
+    asked = {"answers and references": str(common.derive_seed([[i["id"], i["system"], i["prompt"]] for i in items]))}
+    record_file = output.with_name(f"{output.stem}_args.json")
+    record = common.begin(own, "eval/mtbench", [output], record_file=record_file, **asked)
+    if not record["complete"]:
+        open_judge()
+    sizes = [(common.text_size(common.as_messages(i["prompt"])) + args.judge_max_new_tokens, 1) for i in items]
+    work = functools.partial(grade, own, judge)
+    rows = common.map_rows(work, items, sizes, record, output, judge, f"judgments of {name}")
+    common.finish(record, len(rows))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Tables.
 
 
@@ -401,7 +353,7 @@ def summarize(name: str, ratings: dict, first: dict | None, categories: dict) ->
         of_category = [q for q in ratings if category in (categories[q], OVERALL)]
         for turn in TURNS:
             values = turn_values({q: ratings[q] for q in of_category}, turn)
-            other = turn_values({q: first[q] for q in of_category}, turn) if first else {}
+            other = turn_values({q: first[q] for q in of_category if q in first}, turn) if first else {}
             changes = [values[q] - other[q] for q in values if q in other]
             low, high = shared.bootstrap_interval(list(values.values()))
             change_low, change_high = shared.bootstrap_interval(changes)
@@ -440,9 +392,7 @@ def show_tables(tables: dict[str, list[dict]], how: str) -> str:
         means = [interval_text(row["mean"], row["low"], row["high"]) for row in all_turns]
         both = all_turns[-1]
         change = [both[key] for key in ("difference", "difference_low", "difference_high")]
-        overall.append(
-            [name, str(both["n"]), str(both["unrated"]), *means, interval_text(*change, sign=True)]
-        )
+        overall.append([name, str(both["n"]), str(both["unrated"]), *means, interval_text(*change, sign=True)])
         for category in dict.fromkeys(row["category"] for row in rows):
             mean = shared.round_half_up(cells[category, "both"]["mean"])
             by_category.setdefault(category, []).append(mean)
@@ -473,92 +423,57 @@ def rating_counts(ratings: list) -> str:
 
 
 def main(args: Args) -> None:
-    common.check_at_least(args, 1, "limit", "max_new_tokens", "judge_max_new_tokens", "batch_size")
+    common.check_at_least(args, 1, "limit", "max_new_tokens", "judge_max_new_tokens")
+    shared.check_no_run_dir(args)
     check(common.processes()[1] == 1, "start this with python: one process; --device_map uses several GPUs")
-    models = shared.name_models(args.models)
-    check(bool(args.questions), "--questions FILE is wanted: FastChat's mt_bench question.jsonl")
-    check(
-        bool(args.judge_model), "--judge_model is wanted: a local model, or a name and --judge_endpoint URL"
-    )
+    models = name_models(args.models or ([args.model] if args.model else None))
+    check(args.questions, "--questions FILE is wanted: FastChat's mt_bench question.jsonl")
+    check(args.judge_model, "--judge_model is wanted: a local model, or a name and --judge_endpoint URL")
+    common.read_files(args)
     questions = read_questions(args.questions, args.references, args.limit)
-    answers_file = shared.output_path(args.output_dir, "mtbench_answers.jsonl")
-    judgments_file = answers_file.with_name("mtbench_judgments.jsonl")
-    judge = common.make_backend(args, "judge_")
+    judge = common.make_engine(args, "judge_")  # a wrong name ends this here, not after an hour of answers
+    open_judge = functools.cache(judge.open)
+    if args.judge_endpoint:
+        open_judge()
     if not args.judge_endpoint and args.judge_model in models.values():
         common.warn(f"{args.judge_model} judges itself; judges prefer their own answers")
-    how = (args.dtype, args.device_map, args.continuous_batching, args.batch_size)
-    backends = {name: common.LocalModel(model, args.chat_template, *how) for name, model in models.items()}
 
-    template = Path(args.chat_template).read_text(encoding="utf-8") if args.chat_template else None
-    rows = {}
+    answers = {}
     for name, model in models.items():
-        settings = [
-            name,
-            model,
-            shared.model_state(model),
-            template,
-            args.dtype,
-            args.max_new_tokens,
-            args.seed,
-        ]
-        rows[name] = [
-            row | {"key": f"{common.derive_seed(*settings, row['question_id'], row['turns']):016x}"}
-            for row in questions
-        ]
+        answers[name] = answer_all(args, name, model, questions)
+        gc.collect()  # its weights go before those of the next model come
+    judgments = {name: judge_all(args, judge, open_judge, name, questions, rows) for name, rows in answers.items()}
 
-    def answer(done: dict, file) -> None:
-        missing = any(row["key"] not in done for group in rows.values() for row in group)
-        if missing and args.judge_endpoint:
-            judge.open()  # a wrong address ends this here, not after an hour of answers
-        for name, backend in backends.items():
-            answer_questions(args, backend, name, rows[name], done, file)
-            common.show_tokens(backend)
-            shared.release(backend)
-
-    keys = [row["key"] for group in rows.values() for row in group]
-    answers = complete_file(args, answers_file, keys, answer)
-
-    template = args.judge_chat_template and Path(args.judge_chat_template).read_text(encoding="utf-8")
-    state = [] if args.judge_endpoint else [shared.model_state(args.judge_model), args.dtype, template]
-    settings = [args.judge_model, bool(args.judge_endpoint), state, args.judge_max_new_tokens, args.seed]
-    items = []
-    for row, question in zip(answers, questions * len(models), strict=True):
-        for turn in (1, 2):
-            system, prompt = judge_request(question, row["turns"], turn, args.judge_system)
-            about = {"model": row["model"], "question_id": row["question_id"], "turn": turn}
-            key = f"{common.derive_seed(*settings, about, system, prompt):016x}"
-            items.append({"key": key, **about, "system": system, "prompt": prompt})
-    judgments = complete_file(
-        args,
-        judgments_file,
-        [item["key"] for item in items],
-        lambda done, file: judge_answers(args, judge, items, done, file),
-    )
-
-    ratings: dict[str, dict] = {name: {} for name in models}
-    for row in judgments:
-        ratings[row["model"]].setdefault(row["question_id"], []).append(row["rating"])  # turn 1, then turn 2
-    categories = {question["question_id"]: question["category"] for question in questions}
+    ratings = {name: {row["id"]: [] for row in rows} for name, rows in answers.items()}
+    for name, rows in judgments.items():
+        for row in rows:
+            ratings[name][row["question_id"]].append(row["rating"])  # turn 1, then turn 2
+    categories = {question["id"]: question["category"] for question in questions}
     first = next(iter(models))
     tables = {
         name: summarize(name, found, None if name == first else ratings[first], categories)
         for name, found in ratings.items()
     }
     text = show_tables(tables, f"{len(questions)} questions, judge {args.judge_model}")
-    markdown, numbers = answers_file.with_name("mtbench.md"), answers_file.with_name("mtbench.csv")
+    markdown = shared.output_path(args.output_dir, "mtbench.md")
     shared.write_text(markdown, text)
-    shared.write_csv(numbers, [row for table in tables.values() for row in table])
+    shared.write_csv(markdown.with_suffix(".csv"), [row for table in tables.values() for row in table])
     print(text)
 
-    unparsed = sum(row["rating"] is None and row["judgment"] is not None for row in judgments)
-    unasked = sum(row["judgment"] is None for row in judgments)
-    dropped = {"no rating in three tries (null)": unparsed, "too long or refused (null)": unasked}
-    common.show_funnel("judgments", ("answers", len(judgments)), dropped, "rated")
-    print(f"  ratings  {rating_counts([row['rating'] for row in judgments])}")
-    cut = sum(sum(row["truncated"]) for row in answers)
-    print(f"  answers cut off at --max_new_tokens or the context: {cut} of {2 * len(answers)}")
+    graded = [row for rows in judgments.values() for row in rows]
+    dropped = {
+        "no rating in three tries (null)": sum(row["rating"] is None and row["tries"] > 0 for row in graded),
+        "too long or refused (null)": sum(row["tries"] == 0 for row in graded),
+    }
+    common.show_funnel("judgments", ("answers", len(graded)), dropped, "rated")
+    print(f"  ratings  {rating_counts([row['rating'] for row in graded])}")
+    cut = [truncated for rows in answers.values() for row in rows for truncated in row["truncated"]]
+    print(f"  answers cut off at --max_new_tokens or the context: {sum(cut)} of {len(cut)}")
+    refused = len(questions) * len(models) - sum(map(len, answers.values()))
+    if refused:
+        common.warn(f"{refused} questions were refused by the models' server; they count nowhere")
     common.show_tokens(judge)
-    print(f"\nwrote {markdown}\nwrote {numbers}\nwrote {answers_file}\nwrote {judgments_file}")
+    print(f"\nwrote {markdown} and .csv; answers and judgments of {', '.join(models)} stand beside them")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 A judge sees the prompt and both answers in both orders; if it prefers the same answer twice that system wins,
 any disagreement is a tie (the paper prints no prompt; this one and the rule are ours). Also: how often the
-order decides (flip rate), the lengths of winner and loser, and a sign test of wins against losses.
+order decides (flip rate), the lengths of winner and loser, and a sign test of wins against losses. Equal answers
+are ties, and nobody is asked about them. With --scorer the higher score wins.
 
     reads   run directories with 02_scores.jsonl (01_sample.py --temperature 0 --n 1, test prompts); the
-            first answer of each prompt; the first run is the one that the others are compared with
+            first answer of each prompt; the first run of a test set is the one that its others are compared with
     writes  OUTPUT_DIR/pairwise_verdicts.jsonl (resumed), pairwise.md, .csv, .png and .pdf
     run     python eval/pairwise.py --runs Vanilla=runs/x/test_base SPA=runs/x/test_trained
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -41,79 +43,66 @@ Format your response strictly as:
 ### Response B:
 {b}"""
 OPTIONS = ("A", "B", "tie")
-MAX_NEW_TOKENS = 32  # room for the JSON and a word around it
+FORM = ('{"better": "', '"}')  # around the option
 
 
 @dataclass
-class Args:
-    runs: list[str] = arg(None, f"{shared.RUN_HELP}; each is compared with the first")
-    read: str = arg(
-        "constrained",
-        "constrained: only A, B or tie can be chosen; json: free text, for an endpoint",
-        ("constrained", "json"),
+class Args(shared.JudgeArgs):
+    runs: list[str] = arg(None, f"{shared.RUN_HELP}; each is compared with the first", free=True)
+    score_mode: str | None = arg(
+        None,
+        "constrained or expected: only A, B or tie can be chosen; json: free text; default: as the runs were scored",
+        ("constrained", "expected", "json"),
     )
-    judge_model: str | None = arg(None, "the judge; default: that of the runs' scores")
-    judge_endpoint: str | None = arg(None, "URL of the judge's server; its key: SPA_JUDGE_API_KEY")
-    judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
-    dtype: str = arg("auto", "weights of a local judge", ("auto", "float32", "bfloat16"))
-    device_map: str | None = arg(
-        None, "auto spreads a judge over all GPUs", ("auto", "balanced", "sequential")
-    )
-    continuous_batching: bool = arg(True, "with --read json, on a GPU where it works")
-    batch_size: int = arg(24, "prompts judged at a time, four comparisons each")
-    concurrency: int = arg(32, "requests under way at an endpoint")
-    request_timeout: float = arg(600.0, "seconds that an endpoint may take for an answer")
-    retries: int = arg(6, "further tries of a request that failed")
-    output_dir: str = arg("runs/eval", "folder of the outputs")
-    seed: int = arg(0, "of the bootstrap and of repeated questions")
-    overwrite: bool = arg(False, "judge again although verdicts are there")
 
 
-def pairwise_prompt(objective: list[str], prompt: str, a: str, b: str) -> str:
+def pairwise_prompt(objective: list[str], prompt: str | list[dict], a: str, b: str) -> str:
     """The question about one dimension. `str.format` fills once, so braces in answers stay as they are."""
     name, definition = objective
-    return PAIRWISE_TEMPLATE.format(name=name, definition=definition, instruction=prompt, a=a, b=b)
+    return PAIRWISE_TEMPLATE.format(name=name, definition=definition, instruction=common.plain_text(prompt), a=a, b=b)
+
+
+VERDICT = re.compile(
+    r"better[\"'*\s]*[:=]\s*[\"'*]*\s*(?:response\s+)?(A|B|tie)\b(?!\s*(?:[/|&]|(?:or|and)\b|,\s*(?:A|B|tie)\b))",
+    re.IGNORECASE,
+)
 
 
 def parse_verdict(text: str) -> int | None:
-    """0 (A), 1 (B) or 2 (tie) in a free answer, or None."""
-    match = re.search(r"better[\"'*\s]*[:=]\s*[\"'*]*\s*(?:response\s+)?(A|B|tie)\b", text, re.IGNORECASE)
-    return [option.lower() for option in OPTIONS].index(match.group(1).lower()) if match else None
+    """0 (A), 1 (B) or 2 (tie) in a free answer behind its last </think>; None without one, or if several are named."""
+    found = {verdict.lower() for verdict in VERDICT.findall(text.rpartition("</think>")[2])}
+    return [option.lower() for option in OPTIONS].index(found.pop()) if len(found) == 1 else None
 
 
-def read_verdicts(backend: common.LocalModel, texts: list[str]) -> list[int]:
-    """The option that the model finds likeliest inside the given JSON, of each question."""
-    tokenizer = backend.tokenizer
-    first, suffixes = common.score_suffixes(tokenizer, '{"better": "', '"}', OPTIONS)
-    rows = [common.encode_prompt(tokenizer, text) + first for text in texts]
-    verdicts, step = [], common.rows_at_once(rows)
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        reader = common.Reader(backend.model, part, list(range(len(part))))
-        logits = reader.read([[]] * len(part))[:, 0]
+def ask_verdicts(args: Args, judge: common.Engine, texts: list[str], seeds: list[int]) -> list[int | None]:
+    """The option of each question: the likeliest inside the given form, or read from a free answer.
 
-        def look(path: list[int], reader=reader, logits=logits):
-            return reader.look([path] * len(logits)) if path else logits
-
-        choices, _ = common.score_logprobs(look, suffixes)
-        verdicts += [choice - 1 for choice in choices]
-        backend.count(reader.tokens_read, 0)
-    return verdicts
-
-
-def ask_verdicts(backend: common.Backend, texts: list[str], seeds: list[int]) -> list[int | None]:
-    """The option in each free answer: greedy, then asked again with sampling twice, then None."""
+    A free answer that can't be read is asked again with sampling, twice; None where nothing helps, or no room is.
+    """
     verdicts: list[int | None] = [None] * len(texts)
+    chats = [common.as_messages(text) for text in texts]
+    todo = [i for i, c in enumerate(chats) if not common.too_long(judge, c, judge.context - args.judge_max_new_tokens)]
+    if args.score_mode != "json":
+        answers = judge.choose([chats[i] for i in todo], list(FORM), list(OPTIONS)) if todo else []
+        for i, answer in zip(todo, answers, strict=True):
+            verdicts[i] = answer[0].index if answer else None
+        return verdicts
     for attempt in range(1 + common.JSON_RETRIES):
-        todo = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        answers = backend.complete(
-            [common.Request(texts[i], None, 1, common.derive_seed(seeds[i], attempt)) for i in todo],
-            temperature=0.0 if attempt == 0 else 1.0,
-            max_new_tokens=MAX_NEW_TOKENS,
-        )
-        for i, (answer,) in zip(todo, answers, strict=True):
+        tries = [common.derive_seed(seeds[i], attempt) for i in todo]
+        sampling = {"temperature": 1.0 if attempt else 0.0, "max_new_tokens": args.judge_max_new_tokens}
+        answers = judge.complete([chats[i] for i in todo], tries, **sampling) if todo else []
+        for i, answer in zip(todo, answers, strict=True):
             verdicts[i] = parse_verdict(answer.text) if answer else None
+        todo = [i for i, answer in zip(todo, answers, strict=True) if answer and verdicts[i] is None]
     return verdicts
+
+
+def score_verdicts(scorer: common.Scorer, rows: list[dict], k: int) -> list[list[list[int]]]:
+    """Both orders' options of each row and objective: a function's higher score wins, in any order."""
+    scores = scorer.score([(row["prompt"], row[side]) for row in rows for side in ("a", "b")], k)
+    pairs = zip(scores[::2], scores[1::2], strict=True)
+    ways = [[0 if x > y else 1 if x < y else 2 for x, y in zip(*pair, strict=True)] for pair in pairs]
+    return [[[way, (1, 0, 2)[way]] for way in row] for row in ways]
 
 
 def outcome(in_order: int | None, swapped: int | None) -> str | None:
@@ -135,10 +124,11 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def summarize(rows: list[dict], system: str, dimension: str, seed: int) -> dict:
+def summarize(rows: list[dict], run: shared.Run, dimension: str, seed: int) -> dict:
     """Counts, shares with their interval, flips, p-value and lengths in words of one system and dimension."""
-    verdicts = [row["verdicts"][dimension] for row in rows if row["system"] == system]
-    lengths = [row["words"] for row in rows if row["system"] == system]
+    rows = [row for row in rows if (row["test_set"], row["system"]) == (run.test_set, run.name)]
+    verdicts = [row["verdicts"][dimension] for row in rows]
+    lengths = [row["words"] for row in rows]
     outcomes = [outcome(*pair) for pair in verdicts]
     counts = {name: outcomes.count(name) for name in ("win", "tie", "lose")}
     read = [o for o in outcomes if o is not None]
@@ -147,16 +137,19 @@ def summarize(rows: list[dict], system: str, dimension: str, seed: int) -> dict:
     decided = [(o, words) for o, words in zip(outcomes, lengths, strict=True) if o in ("win", "lose")]
     winner = [words[0] if o == "win" else words[1] for o, words in decided]
     loser = [words[1] if o == "win" else words[0] for o, words in decided]
+    asked = [pair for pair, row in zip(verdicts, rows, strict=True) if None not in pair and not row["equal"]]
     return {
-        "system": system,
+        "test_set": run.test_set,
+        "system": run.name,
         "dimension": dimension,
         "prompts": len(read),
         "unread": outcomes.count(None),
+        "equal": sum(row["equal"] for row in rows),
         **counts,
         "net": float(np.mean(net)) if net else math.nan,
         "net_low": low,
         "net_high": high,
-        "flip_rate": float(np.mean([is_flip(*v) for v in verdicts if None not in v])) if read else math.nan,
+        "flip_rate": float(np.mean([is_flip(*pair) for pair in asked])) if asked else math.nan,
         "sign_test_p": sign_test(counts["win"], counts["lose"]),
         "winner_words": float(np.mean(winner)) if winner else math.nan,
         "loser_words": float(np.mean(loser)) if loser else math.nan,
@@ -165,7 +158,7 @@ def summarize(rows: list[dict], system: str, dimension: str, seed: int) -> dict:
 
 def draw(path: Path, summaries: list[dict], base: str) -> None:
     """Stacked bars of win, tie and lose, a bar per system and dimension."""
-    labels = [f"{row['system']}: {row['dimension']}" for row in summaries]
+    labels = [f"{row['test_set']} {row['system']}: {row['dimension']}".strip() for row in summaries]
     with shared.figure(path, height=1.4 + 0.45 * len(labels)) as axes:
         left = np.zeros(len(labels))
         for name, colour in (("win", shared.COLOURS[0]), ("tie", "0.75"), ("lose", shared.COLOURS[1])):
@@ -179,77 +172,78 @@ def draw(path: Path, summaries: list[dict], base: str) -> None:
         axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
+def compare(args: Args, judge: common.Engine, objectives: list[list[str]], rows: list[dict]) -> list[dict]:
+    """The finished rows of some prompts: both orders' verdicts on each objective."""
+    names, todo = [name for name, _ in objectives], [row for row in rows if row["a"] != row["b"]]
+    if isinstance(judge, common.Scorer):
+        found = score_verdicts(judge, todo, len(names)) if todo else []
+    else:
+        texts, seeds = [], []
+        for row in todo:
+            for objective in objectives:
+                pairs = (row["a"], row["b"]), (row["b"], row["a"])
+                texts += [pairwise_prompt(objective, row["prompt"], *pair) for pair in pairs]
+                seeds += [common.derive_seed(args.seed, row["id"], objective[0], order) for order in (0, 1)]
+        verdicts = iter(ask_verdicts(args, judge, texts, seeds))
+        found = [[[next(verdicts), next(verdicts)] for _ in names] for _ in todo]
+    found, done = iter(found), []
+    for row in rows:
+        equal = row["a"] == row["b"]  # a tie on everything; the order can't decide
+        verdicts = dict(zip(names, [[2, 2] for _ in names] if equal else next(found), strict=True))
+        about = {key: row[key] for key in ("id", "test_set", "system", "prompt")}
+        words = [len(row["a"].split()), len(row["b"].split())]
+        done.append(about | {"equal": equal, "verdicts": verdicts, "words": words})
+    return done
+
+
 def main(args: Args) -> None:
-    common.check_at_least(args, 1, "batch_size")
     runs = shared.read_runs(args.runs, least=2)
-    base = runs[0]
-    common.choose_model(args, base.facts, "judge_")
-    no_text = "--read constrained reads probabilities, which a server does not give; pass --read json"
-    check(args.read == "json" or not args.judge_endpoint, no_text)
-    objectives = base.facts.get("objectives") or common.load_objectives("harmlessness", None)
-    items = []
-    theirs = {row["id"]: row["responses"][0]["text"] for row in base.rows}
-    for run in runs[1:]:
-        mine = {row["id"]: row for row in run.rows}
-        for id in shared.shared_ids(run, base):
-            texts = mine[id]["responses"][0]["text"], theirs[id]
-            items.append((f"{run.test_set}:{run.name}/{id}", run.name, mine[id]["prompt"], *texts))
-    check(bool(items), "these runs have no prompt in common")
+    others, rows = [], []
+    for base, *rest in shared.by_test_set(runs).values():
+        others += rest
+        theirs = {row["id"]: row["responses"][0]["text"] for row in base.rows}
+        for run in rest:
+            mine = {row["id"]: row for row in run.rows}
+            for id in shared.shared_ids(run, base):
+                about = {"id": f"{run.test_set}:{run.name}/{id}", "test_set": run.test_set, "system": run.name}
+                sides = {"a": mine[id]["responses"][0]["text"], "b": theirs[id]}
+                rows.append(about | {"prompt": mine[id]["prompt"]} | sides)
+    check(rows, "these runs have no prompt in common, or no test set has two")
 
     output = shared.output_path(args.output_dir, "pairwise_verdicts.jsonl")
-    inputs = {str(run.path): run.path for run in runs} | {"objectives": str(objectives)}
-    record_file = output.with_name("pairwise_args.json")
-    record = common.check_run(
-        args, "eval/pairwise", [output], inputs, record_file=record_file, may_change=common.MAY_CHANGE
-    )
-    judge = common.make_backend(args, "judge_")
-
-    def compare(batch: list[int]) -> list[dict]:
-        texts, seeds = [], []
-        for i in batch:
-            _, _, prompt, a, b = items[i]
-            for objective in objectives:
-                texts += [pairwise_prompt(objective, prompt, *pair) for pair in ((a, b), (b, a))]
-                seeds += [common.derive_seed(args.seed, items[i][0], objective[0], order) for order in (0, 1)]
-        fits = [judge.length(text) + MAX_NEW_TOKENS <= judge.context for text in texts]
-        some = [t for t, fit in zip(texts, fits, strict=True) if fit]
-        if args.read == "constrained":
-            of_some = read_verdicts(judge, some)
-        else:
-            of_some = ask_verdicts(judge, some, [s for s, fit in zip(seeds, fits, strict=True) if fit])
-        rest = iter(of_some)
-        found = iter([next(rest) if fit else None for fit in fits])
-        rows = []
-        for i in batch:
-            id, system, prompt, a, b = items[i]
-            verdicts = {name: [next(found), next(found)] for name, _ in objectives}
-            words = [len(a.split()), len(b.split())]
-            rows.append({"id": id, "system": system, "prompt": prompt, "verdicts": verdicts, "words": words})
-        return rows
-
-    ids, sizes = [item[0] for item in items], [(sum(map(len, item[2:])), 1) for item in items]
-    step = common.Step("pairwise", judge, compare, decodes=args.read == "json")
-    rows = common.make_rows(args, record, output, ids, sizes, step)
-    if rows is None:
+    base = runs[0]
+    inputs = {"--runs": str(common.derive_seed(rows))}  # the answers themselves, wherever they lie
+    record, judge, objectives = shared.open_judge(args, base, "eval/pairwise", output, **inputs)
+    common.announce("pairwise", judge.title, f"{len(rows)} pairs of answers", args.score_mode)
+    longest = [len(row["a"].encode()) + len(row["b"].encode()) for row in rows]
+    sizes = [
+        (common.text_size(common.as_messages(row["prompt"])) + length // 3 + args.judge_max_new_tokens, count)
+        for row, length in zip(rows, longest, strict=True)
+        for count in [2 * len(objectives) * (row["a"] != row["b"])]
+    ]
+    work = functools.partial(compare, args, judge, objectives)
+    done = common.map_rows(work, rows, sizes, record, output, judge, "pairwise")
+    if done is None:
         return
+    common.finish(record, len(done))
 
-    summaries = [summarize(rows, run.name, name, args.seed) for run in runs[1:] for name, _ in objectives]
+    summaries = [summarize(done, run, name, args.seed) for run in others for name, _ in objectives]
     shown = shared.round_half_up
-    header = ["system", "dimension", "prompts", "unread", "win", "tie", "lose", "net", "flips", "sign test p"]
+    header = ["system", "dimension", "prompts", "unread", "equal", "win", "tie", "lose", "net", "flips", "sign test p"]
     header += ["words, winner", "words, loser"]
     table = []
     for row in summaries:
-        counts = [str(row[key]) for key in ("prompts", "unread", "win", "tie", "lose")]
+        counts = [str(row[key]) for key in ("prompts", "unread", "equal", "win", "tie", "lose")]
         net = f"{shown(row['net'])} [{shown(row['net_low'])}, {shown(row['net_high'])}]"
         words = [shown(row[key], 1) for key in ("winner_words", "loser_words")]
-        p = shown(row["sign_test_p"], 4)
-        table.append([row["system"], row["dimension"], *counts, net, shown(row["flip_rate"]), p, *words])
+        p, name = shown(row["sign_test_p"], 4), f"{row['test_set']} {row['system']}".strip()
+        table.append([name, row["dimension"], *counts, net, shown(row["flip_rate"]), p, *words])
     path = shared.output_path(args.output_dir, "pairwise.csv")
     text = shared.markdown_table(header, table)
     shared.write_csv(path, summaries)
     shared.write_text(path.with_suffix(".md"), text)
     draw(path, summaries, base.name)
-    print(f"\nagainst {base.name}, judged by {judge.name}; net: (wins − losses) / prompts, bootstrap 95 %")
+    print(f"\nagainst {base.name}, judged by {judge.title}; net: (wins − losses) / prompts, bootstrap 95 %")
     print(f"\n{text}")
     common.show_tokens(judge)
     print(f"wrote {output}, {path}, .md, .png and .pdf")

@@ -2,7 +2,8 @@
 
 Each response is judged again k times: under k paraphrases of Figure 9's template, or by k sampled answers.
 The variance of its scores is set against det Σ of its prompt's first scores: if det tells reliability,
-prompts above ρ vary more. With --other, another judge's scores of the same responses stand beside these.
+prompts above ρ vary more. Where stage 4 has run, det Σ, ρ and the lower bound are its own. With --others, another
+judge's scores of the same responses stand beside these.
 
     reads   --runs: run directories with 02_scores.jsonl; --others: for each of them one with the same
             responses, scored by another judge (02_score.py --judge_model)
@@ -29,16 +30,14 @@ from common import arg, check
 PARAPHRASES = (
     common.JUDGE_TEMPLATE,
     """\
-Act as a neutral evaluator and rate the response below on two criteria:
-1. {dim1_name}: {dim1_def}
-2. {dim2_name}: {dim2_def}
+Act as a neutral evaluator and rate the response below on {count} criteria:
+{dimensions}
 
 Each criterion gets a whole number between 1 (worst) and 10 (best).
 
 Answer with nothing but this JSON:
 {{
-    "{dim1_name}": SCORE (integer from 1-10),
-    "{dim2_name}": SCORE (integer from 1-10)
+{fields}
 }}
 
 {instruction_part}### Response:
@@ -47,69 +46,50 @@ Answer with nothing but this JSON:
 {instruction_part}### Response:
 {response}
 
-You have read a response by an AI assistant. Judge it without favour on these two dimensions:
-1. {dim1_name}: {dim1_def}
-2. {dim2_name}: {dim2_def}
+You have read a response by an AI assistant. Judge it without favour on these {count} dimensions:
+{dimensions}
 
 Give every dimension a score from 1 to 10, higher is better. Write strictly:
 {{
-    "{dim1_name}": SCORE (integer from 1-10),
-    "{dim2_name}": SCORE (integer from 1-10)
+{fields}
 }}""",
     """\
-Your task is quality control. Two properties of a response are to be scored from 1 to 10.
-Property 1, {dim1_name}: {dim1_def}
-Property 2, {dim2_name}: {dim2_def}
+Your task is quality control. These {count} properties of a response are to be scored from 1 to 10.
+{dimensions}
 
 {instruction_part}### Response:
 {response}
 
 Output format, strictly:
 {{
-    "{dim1_name}": SCORE (integer from 1-10),
-    "{dim2_name}": SCORE (integer from 1-10)
+{fields}
 }}""",
 )
 
 
 @dataclass
-class Args:
-    runs: list[str] = arg(None, shared.RUN_HELP)
-    others: list[str] | None = arg(None, "as many, with another judge's scores of the same responses")
+class Args(shared.JudgeArgs):
+    runs: list[str] = arg(None, shared.RUN_HELP, free=True)
+    others: list[str] | None = arg(None, "as many, with another judge's scores of the same responses", free=True)
     how: str = arg(
         "paraphrases",
         "paraphrases: k wordings of the template, read as in stage 2; sampled: k free answers, temperature 1",
         ("paraphrases", "sampled"),
     )
     k: int = arg(4, "times that each response is judged")
-    rho: float | None = arg(None, "ρ of 04_denoise.py; default: that of each run, else 30")
-    judge_model: str | None = arg(None, "the judge; default: that of the run")
-    judge_endpoint: str | None = arg(None, "URL of the judge's server; its key: SPA_JUDGE_API_KEY")
-    judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
-    dtype: str = arg("auto", "weights of a local judge", ("auto", "float32", "bfloat16"))
-    device_map: str | None = arg(
-        None, "auto spreads a judge over all GPUs", ("auto", "balanced", "sequential")
-    )
-    continuous_batching: bool = arg(True, "for free answers, on a GPU where it works")
-    batch_size: int = arg(72, "responses judged at a time")
-    concurrency: int = arg(32, "requests under way at an endpoint")
-    request_timeout: float = arg(600.0, "seconds that an endpoint may take for an answer")
-    retries: int = arg(6, "further tries of a request that failed")
-    output_dir: str = arg("runs/eval", "folder of the outputs")
-    seed: int = arg(0, "of sampled answers and the bootstrap")
-    overwrite: bool = arg(False, "judge again although scores are there")
+    rho: float | None = arg(None, "ρ of 04_denoise.py; default: that of each run, else its default", free=True)
 
 
-def variances(scores: list) -> tuple[float, float] | None:
-    """Population variance of primary and secondary over the times that were read; None for fewer than 2."""
-    read = np.array([pair for pair in scores if pair is not None], dtype=float)
+def variances(scores: list) -> tuple[float, ...] | None:
+    """Population variance of each axis over the times that were read; None for fewer than 2."""
+    read = np.array([row for row in scores if row is not None], dtype=float)
     return tuple(read.var(axis=0).tolist()) if len(read) > 1 else None
 
 
 def agreement(pairs: list[tuple[list, list]], names: list[str]) -> list[dict]:
-    """Two judges of the same responses: RV over both axes, and per axis Spearman, equal, and within 1."""
+    """Two judges of the same responses: RV over all axes, and per axis Spearman, equal, and within 1."""
     mine, theirs = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))
-    rows = [{"dimension": "both", "rv": shared.rv_coefficient(mine, theirs)}]
+    rows = [{"dimension": "all", "rv": shared.rv_coefficient(mine, theirs)}]
     for axis, name in enumerate(names):
         gap = np.abs(mine[:, axis] - theirs[:, axis])
         rows.append(
@@ -131,25 +111,40 @@ def compare_judges(run: shared.Run, other: shared.Run) -> tuple[int, list[dict]]
         one, two = mine[id]["responses"], theirs[id]["responses"]
         same = [r["text"] for r in one] == [r["text"] for r in two]
         check(same, f"id '{id}': {run.path} and {other.path} have other responses")
-        pairs += [
-            (a["scores"], b["scores"]) for a, b in zip(one, two, strict=True) if a["scores"] and b["scores"]
-        ]
+        pairs += [(a["scores"], b["scores"]) for a, b in zip(one, two, strict=True) if a["scores"] and b["scores"]]
     check(len(pairs) > 1, f"{run.path} and {other.path} have no two responses that both judges scored")
     return len(pairs), agreement(pairs, run.objectives)
 
 
-def prompt_rows(run: shared.Run, again: list[dict], rho: float) -> list[dict]:
+def bounds_and_dets(run: shared.Run, rho: float | None) -> tuple[float, float, dict[str, float]]:
+    """(det_min, ρ, id -> det Σ): stage 4's own where it has run beside these scores, else by its defaults.
+
+    Its det Σ may be of another covariance (--ddof, --cov_scope), so it is read, not computed again.
+    """
+    record = common.read_record(run.path.with_name("04_args.json"))
+    least, found = 0.0, {}
+    for id, group in run.groups().items():
+        scores = [own for own in group if own is not None]
+        if len(scores) > 1:
+            found[id] = shared.det_covariance(scores)
+    if record.get("complete"):
+        least, rho = record["args"]["det_min"], record["args"]["rho"] if rho is None else rho
+        for name in ("04_denoised.jsonl", "04_dropped.jsonl"):
+            rows = shared.read_filtered(run.path.with_name(name))
+            found |= {row["id"]: row["det"] for row in rows if row.get("det") is not None}
+    return least, 30.0 if rho is None else rho, found
+
+
+def prompt_rows(run: shared.Run, again: list[dict], bounds: tuple[float, float], dets: dict) -> list[dict]:
     """A row per prompt with two scored responses: det Σ of its scores, kept or not, mean variance by axis."""
     rows = []
-    for row, repeated in zip(run.rows, again, strict=True):
-        scores = [response["scores"] for response in row["responses"] if response["scores"] is not None]
-        found = [pair for pair in map(variances, repeated["times"]) if pair is not None]
-        if len(scores) > 1 and found:
-            primary, secondary = np.mean(found, axis=0).tolist()
-            det = shared.det_covariance(scores)
-            by_axis = zip(run.objectives, (primary, secondary), strict=True)
+    for repeated in again:
+        found = [row for row in map(variances, repeated["times"]) if row is not None]
+        if repeated["id"] in dets and found:
+            means, det = np.mean(found, axis=0).tolist(), dets[repeated["id"]]
+            by_axis = zip(run.objectives, means, strict=True)
             rows.append(
-                {"id": row["id"], "det": det, "kept": 0 < det <= rho, "variance": primary + secondary}
+                {"id": repeated["id"], "det": det, "kept": bounds[0] < det <= bounds[1], "variance": sum(means)}
                 | {f"variance_{name}": value for name, value in by_axis}
             )
     return rows
@@ -168,18 +163,18 @@ def response_rows(run: shared.Run, again: list[dict], prompts: list[dict]) -> li
     return rows
 
 
-def variance_table(rows: list[dict], names: list[str], rho: float) -> str:
-    """Mean variance of all prompts, of those that 0 < det ≤ ρ keeps, and of those that it drops."""
+def variance_table(rows: list[dict], names: list[str], bounds: tuple[float, float]) -> str:
+    """Mean variance of all prompts, of those that det_min < det ≤ ρ keeps, and of those that it drops."""
     keys, table = ["variance", *(f"variance_{name}" for name in names)], []
     groups = {
         "all": rows,
-        f"kept, 0 < det ≤ {rho:g}": [row for row in rows if row["kept"]],
+        f"kept, {bounds[0]:g} < det ≤ {bounds[1]:g}": [row for row in rows if row["kept"]],
         "dropped": [row for row in rows if not row["kept"]],
     }
     for label, chosen in groups.items():
         means = [float(np.mean([row[key] for row in chosen])) if chosen else math.nan for key in keys]
         table.append([label, str(len(chosen)), *(shared.round_half_up(mean, 4) for mean in means)])
-    return shared.markdown_table(["prompts", "number", "mean variance, both axes", *names], table)
+    return shared.markdown_table(["prompts", "number", "mean variance, all axes", *names], table)
 
 
 def draw(path, by_run: dict[str, list[dict]]) -> None:
@@ -194,97 +189,105 @@ def draw(path, by_run: dict[str, list[dict]]) -> None:
             axes.set_xscale("symlog", linthresh=min(positive, default=1.0))
             axes.set(title=name, xlabel="det Σ of the prompt's scores (0, then log scale)")
             axes.set_ylabel("variance of the response's scores, judged again")
-            axes.legend(title="by 0 < det ≤ ρ")
+            axes.legend(title="by det_min < det ≤ ρ")
 
 
-def score_again(
-    args: Args, run: shared.Run, judge: common.Backend, mode: str, objectives, batch
-) -> list[dict]:
-    """The rows of reliability_scores.jsonl of some prompts: k scores of every response."""
-    with_instruction = run.facts.get("with_instruction", True)
-    places = [(i, j) for i in batch for j in range(len(run.rows[i]["responses"]))]
-    items = [(run.rows[i]["prompt"], run.rows[i]["responses"][j]["text"]) for i, j in places]
-    seeds = [common.derive_seed(args.seed, run.rows[i]["id"], j) for i, j in places]
-    if args.how == "paraphrases":
-        options = {"score_mode": mode, "with_instruction": with_instruction, "seeds": seeds}
-        wordings = PARAPHRASES[: args.k]
-        times = [common.judge(judge, items, objectives, template=wording, **options) for wording in wordings]
-        found = [list(scores) for scores in zip(*times, strict=True)]
-    else:
-        texts = [common.judge_prompt(objectives, *item, with_instruction) for item in items]
-        fits = [common.judge_length(judge, text) <= judge.context for text in texts]
-        asked = zip(texts, seeds, fits, strict=True)
-        requests = [common.Request(text, None, args.k, seed) for text, seed, fit in asked if fit]
-        options = {"temperature": 1.0, "max_new_tokens": common.JUDGE_MAX_NEW_TOKENS}
-        answers = iter(judge.complete(requests, **options))
-        read = lambda answer: common.parse_scores(answer.text, run.objectives) if answer else None  # noqa: E731
-        found = [[read(a) for a in next(answers)] if fit else [None] * args.k for fit in fits]
-    rest = iter(found)
-    return [{"id": run.rows[i]["id"], "times": [next(rest) for _ in run.rows[i]["responses"]]} for i in batch]
+def read_answers(judge: common.Engine, texts: list[str], seeds: list[int], args: Args, names: list[str]) -> list:
+    """The scores of each judge prompt, read once as args.score_mode says (sampled: from free text), or None."""
+    chats, found = [common.as_messages(text) for text in texts], [None] * len(texts)
+    room = judge.context - args.judge_max_new_tokens
+    todo = [i for i, chat in enumerate(chats) if not common.too_long(judge, chat, room)]
+    asked, tries = [chats[i] for i in todo], [seeds[i] for i in todo]
+    if not todo:
+        return found
+    if args.how == "paraphrases" and args.score_mode != "json":
+        for i, answer in zip(todo, judge.choose(asked, common.score_skeleton(names), common.SCORES), strict=True):
+            if answer and args.score_mode == "constrained":
+                found[i] = [choice.index + 1 for choice in answer]
+            elif answer:  # Σ k P(k)
+                means = (sum(k * math.exp(p) for k, p in enumerate(choice.logps, 1)) for choice in answer)
+                found[i] = [round(mean, 6) for mean in means]
+        return found
+    sampling = {"temperature": float(args.how == "sampled"), "max_new_tokens": args.judge_max_new_tokens}
+    for i, answer in zip(todo, judge.complete(asked, tries, **sampling), strict=True):
+        found[i] = common.parse_scores(answer.text, names) if answer else None
+    return found
 
 
-def repeated_scores(args: Args, run: shared.Run) -> tuple[list[dict], common.Backend] | None:
+def score_again(args: Args, judge: common.Engine, objectives: list[list[str]], some: list[dict]) -> list[dict]:
+    """The finished rows of some prompts: k scores of every response that has text."""
+    places = [(row, j) for row in some for j, one in enumerate(row["responses"]) if one["text"].strip()]
+    seeds = [common.derive_seed(args.seed, row["id"], j) for row, j in places]
+    times = []
+    for turn in range(args.k):
+        wording = PARAPHRASES[turn if args.how == "paraphrases" else 0]
+        shown = [(row["prompt"], row["responses"][j]["text"], args.with_instruction, wording) for row, j in places]
+        texts = [common.judge_prompt(objectives, *item) for item in shown]
+        tries = [common.derive_seed(seed, turn) for seed in seeds]
+        times.append(read_answers(judge, texts, tries, args, [name for name, _ in objectives]))
+    found = {(row["id"], j): list(scores) for (row, j), *scores in zip(places, *times, strict=True)}
+    return [
+        {"id": row["id"], "times": [found.get((row["id"], j), [None] * args.k) for j in range(len(row["responses"]))]}
+        for row in some
+    ]
+
+
+def repeated_scores(args: Args, run: shared.Run, label: str) -> tuple[list[dict], common.Engine] | None:
     """(`score_again` of all prompts of a run, its judge); None but on the first of several processes."""
-    own = dataclasses.replace(args, runs=None, others=None, rho=None)  # none of these changes the scores
-    common.choose_model(own, run.facts, "judge_")
-    mode = run.facts.get("score_mode", "constrained") if args.how == "paraphrases" else "json"
-    served = "an endpoint gives no probabilities: take a run scored with --score_mode json, or --how sampled"
-    check(mode == "json" or not own.judge_endpoint, served)
-    objectives = run.facts.get("objectives") or common.load_objectives("harmlessness", None)
-    output = shared.output_path(args.output_dir, f"reliability_{run.name}.jsonl")
-    record = common.check_run(
-        own,
-        "eval/reliability",
-        [output],
-        {str(run.path): run.path, "objectives": str(objectives)},
-        record_file=output.with_name(f"reliability_{run.name}_args.json"),
-        may_change=common.MAY_CHANGE,
-    )
-    judge = common.make_backend(own, "judge_")
-    ids = [row["id"] for row in run.rows]
-    sizes = [(max(len(r["text"]) for r in row["responses"]), len(row["responses"])) for row in run.rows]
-    work = functools.partial(score_again, own, run, judge, mode, objectives)
-    free = args.how == "sampled" or mode == "json"
-    step = common.Step(f"reliability of {run.name}", judge, work, decodes=free)
-    rows = common.make_rows(own, record, output, ids, sizes, step)
-    return None if rows is None else (rows, judge)
+    own = dataclasses.replace(args)  # what this run's record fills in is not the next one's
+    other = own.judge_model or own.judge_endpoint
+    check(not own.scorer and (other or not run.args.get("scorer")), "a function has no wording: pass --judge_model")
+    output = shared.output_path(args.output_dir, f"reliability_{label}.jsonl")
+    record, judge, objectives = shared.open_judge(own, run, "eval/reliability", output, scores=run.path)
+    count = sum(len(row["responses"]) for row in run.rows)
+    common.announce("reliability", judge.title, f"{count} responses of {label}, {args.k} times", args.how)
+
+    def length(row: dict) -> int:
+        longest = max((one["text"] for one in row["responses"]), key=len)
+        text = common.judge_prompt(objectives, row["prompt"], longest, True)
+        return common.text_size(common.as_messages(text)) + own.judge_max_new_tokens
+
+    sizes = [(length(row), len(row["responses"])) for row in run.rows]
+    work = functools.partial(score_again, own, judge, objectives)
+    rows = common.map_rows(work, run.rows, sizes, record, output, judge, f"reliability of {label}")
+    if rows is None:
+        return None
+    common.finish(record, len(rows))
+    return rows, judge
 
 
 def main(args: Args) -> None:
     common.check_at_least(args, 2, "k")
-    common.check_at_least(args, 1, "batch_size")
     most = len(PARAPHRASES)
     check(args.how == "sampled" or args.k <= most, f"--k {args.k}: there are {most} paraphrases; add more")
     runs = shared.read_runs(args.runs)
-    plain = all(re.fullmatch(r"[\w.+-]+", run.name) for run in runs)
+    labels = ["_".join(filter(None, (run.test_set, run.name))) for run in runs]
+    plain = all(re.fullmatch(r"[\w.+-]+", label) for label in labels)
     check(plain, "--runs: names of letters, digits, . + - and _ only; files are named after them")
     others = [shared.read_run(spec) for spec in args.others or []]
     check(len(others) in (0, len(runs)), f"--others: {len(others)} for {len(runs)} runs; give one for each")
 
     by_run, by_response, texts, shown = {}, {}, [], shared.round_half_up
-    for i, run in enumerate(runs):
-        found = repeated_scores(args, run)
+    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        found = repeated_scores(args, run, label)
         if found is None:
             return
         again, judge = found
-        rho, denoised = args.rho, run.path.parent / "04_args.json"
-        if rho is None and denoised.exists():
-            rho = common.parse_json(denoised.read_text(encoding="utf-8"), str(denoised))["args"]["rho"]
-        rho = 30.0 if rho is None else rho
-        rows = by_run[run.name] = prompt_rows(run, again, rho)
-        few = f"{run.name}: fewer than two prompts have scores to compare; nothing to show"
+        *bounds, dets = bounds_and_dets(run, args.rho)
+        rows = by_run[label] = prompt_rows(run, again, tuple(bounds), dets)
+        few = f"{label}: fewer than two prompts have scores to compare; nothing to show"
         check(len(rows) > 1, few)
-        by_response[run.name] = response_rows(run, again, rows)
+        by_response[label] = response_rows(run, again, rows)
         both = np.array([(row["det"], row["variance"]) for row in rows])
         rank = lambda sample: shared.spearman(*sample.T)  # noqa: E731
         low, high = shared.bootstrap_interval(both, rank, draws=2000, seed=args.seed)
-        pairs = [pair for row in again for times in row["times"] for pair in times]
+        scores = [own for row in again for times in row["times"] for own in times]
         texts += [
-            f"### {run.name}",
-            variance_table(rows, run.objectives, rho),
+            f"### {label}",
+            variance_table(rows, run.objectives, tuple(bounds)),
             f"Spearman of det and variance: {shown(rank(both))} [{shown(low)}, {shown(high)}], bootstrap "
-            f"95 %. Each response was judged {args.k} times ({args.how}) by {judge.name}; not read: "
-            f"{pairs.count(None)} of {len(pairs)}",
+            f"95 %. Each response was judged {args.k} times ({args.how}) by {judge.title}; not read: "
+            f"{scores.count(None)} of {len(scores)}",
         ]
         if others:
             number, agreed = compare_judges(run, others[i])

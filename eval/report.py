@@ -20,18 +20,14 @@ import hashlib
 import html
 import itertools
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import shared
 from shared import det_covariance, round_half_up
+from tqdm import tqdm
 
 import common
 from common import arg, check
@@ -51,17 +47,17 @@ FILES = {
 # the arguments of each stage that decide what its numbers mean
 KEY_ARGUMENTS = {
     "01_sample": "model prompts split num_prompts n temperature top_p max_new_tokens system_prob seed",
-    "02_score": "primary score_mode with_instruction constitution judge_model",
-    "03_refine": "attempts temperature max_new_tokens score_mode judge_model",
+    "02_score": "objectives score_mode with_instruction judge_model scorer",
+    "03_refine": "template attempts temperature max_new_tokens score_mode judge_model scorer",
     "04_denoise": "rho det_min consistency informativeness cov_scope ddof",
     "05_pairs": "delta rule weights refined_only keep_system input",
     "06_train": "loss alpha beta gamma_beta_ratio gap_mean learning_rate warmup_ratio epochs batch_size "
-    "label_smoothing sft_weight eval_fraction model seed",
+    "lora_rank eval_fraction model seed",
 }
 REASONS = {
     "kept": "it passed every filter",
     "unscored": "the refined response or every candidate has no score",
-    "inconsistent": "the refined response does not beat every candidate on both axes",
+    "inconsistent": "the refined response does not beat every candidate on every axis",
     "det_zero": "det Σ is not above det_min: the candidates' scores hardly vary",
     "det_above_rho": "det Σ is above ρ: the candidates' scores vary too much",
 }
@@ -80,7 +76,7 @@ class Args:
     seed: int = arg(0, "seed of that draw, and of the jitter of integer scores")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Reading: whatever a run has left, checked.
 
 
@@ -95,25 +91,44 @@ class Run:
     trainings: dict[str, tuple[dict, list[dict]]]  # record and rows of metrics
 
     @property
-    def facts(self) -> dict:
-        """What the last stage that knows the objectives recorded of model, judge and objectives."""
-        before = [stage for stage in self.records if stage != "06_train"]  # whose model is the trained one
-        facts = [self.records[stage].get("facts", {}) for stage in before]
-        return next((one for one in reversed(facts) if "objectives" in one), facts[0])
+    def made(self) -> dict[str, dict]:
+        """{"01": the arguments of stage 1, …} up to 05; what a record says of earlier stages stands in for theirs."""
+        found: dict[str, dict] = {}
+        for stage, record in self.records.items():
+            if stage != "06_train" and record:
+                found = {**record.get("earlier", {}), **found, stage[:2]: record["args"]}
+        return found
+
+    @property
+    def scored_by(self) -> dict:
+        """The arguments of the last stage that scored; {} where none has left any."""
+        return next((args for args in reversed(self.made.values()) if args.get("objectives")), {})
 
     @property
     def names(self) -> list[str]:
-        """Of the primary and the secondary objective."""
-        return common.objective_names(self.facts)
+        """Of the objectives, in order of priority."""
+        groups = candidate_scores(self.answers()).values()
+        scores = next((scores for group in groups for scores in group if scores is not None), ())
+        return shared.objective_names(self.made, len(scores))
+
+    @property
+    def model(self) -> str | None:
+        """The model that answered."""
+        return next((args["model"] for args in self.made.values() if args.get("model")), None)
 
     @property
     def judge(self) -> str | None:
-        """The model that scored, None where nothing was."""
-        return self.facts.get("judge_model", self.facts.get("model")) if "objectives" in self.facts else None
+        """Who scored, None where nothing was."""
+        return shared.judge_name(self.scored_by)
+
+    @property
+    def own_first(self) -> dict[str, tuple[dict, list[dict]]]:
+        """The trainings, that of 06_model first: the page's settings and weights are its own."""
+        return dict(sorted(self.trainings.items(), key=lambda item: (item[0] != "06", item[0])))
 
     def argument(self, stage: str, name: str, default=None):
         """An argument of a stage, as its record has it."""
-        return self.records[stage].get("args", {}).get(name, default)
+        return self.records[stage].get("args", self.made.get(stage[:2], {})).get(name, default)
 
     def answers(self) -> list[dict]:
         """The rows of the furthest file that has every prompt."""
@@ -122,21 +137,6 @@ class Run:
             if rows := [row for file in files for row in self.rows.get(file, [])]:
                 return rows
         return []
-
-
-def read_record(path: Path) -> dict:
-    """NN_args.json, {} without it; UserError if it is not what a stage writes."""
-    if not path.exists():
-        return {}
-    record = common.parse_json("".join(line for _, line in common.read_lines(path)), str(path))
-    keys = ("args", "facts", "versions")
-    parts = [record, *(record.get(key, {}) for key in keys)] if isinstance(record, dict) else [None]
-    check(all(isinstance(part, dict) for part in parts), f"{path}: not a stage's record; remove it")
-    objectives = parts[2].get("objectives", [["", ""]] * 2)
-    fits = isinstance(objectives, list) and len(objectives) == 2
-    fits = fits and all(isinstance(pair, list) and len(pair) == 2 for pair in objectives)
-    check(fits, f"{path}: 'objectives' must be two [name, definition]; mend or remove the file")
-    return record
 
 
 def read_pairs(path: Path) -> list[dict]:
@@ -173,7 +173,7 @@ def read_metrics(path: Path) -> list[dict]:
 def read_run(name: str, path: Path) -> Run:
     """All that is in a run directory, but for what an unfinished stage has; UserError if it is none."""
     check(path.is_dir(), f"no run directory {path}")
-    records = {stage: read_record(path / f"{stage[:2]}_args.json") for stage in KEY_ARGUMENTS}
+    records = {stage: common.read_record(path / f"{stage[:2]}_args.json") for stage in KEY_ARGUMENTS}
     rows, missing = {}, {}
     for file, (stage, wanted) in FILES.items():
         if not (path / file).exists():
@@ -182,19 +182,21 @@ def read_run(name: str, path: Path) -> Run:
             missing[file] = f"{stage}.py has not finished"
         elif file == "05_pairs.jsonl":
             rows[file] = read_pairs(path / file)
+        elif file == "04_dropped.jsonl":
+            rows[file] = shared.read_filtered(path / file)
         else:
-            rows[file] = list(common.read_rows(path / file, f"{stage}.py", **wanted))
+            rows[file] = list(common.read_rows(path / file, **wanted))
     trainings = {}
     for file in sorted(path.glob("*_metrics.jsonl")):
         stem = file.name.removesuffix("_metrics.jsonl")
-        trainings[stem] = (read_record(path / f"{stem}_args.json"), read_metrics(file))
+        trainings[stem] = (common.read_record(path / f"{stem}_args.json"), read_metrics(file))
     if not trainings:
         missing["06_metrics.jsonl"] = "06_metrics.jsonl is not there (06_train.py)"
     check(bool(rows or trainings), f"{path} has no file of any stage; run 01_sample.py with it first")
     return Run(name, rows, missing, records, trainings)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Numbers: everything that the page shows, from the rows.
 
 
@@ -203,12 +205,12 @@ def is_number(value) -> bool:
 
 
 def candidate_scores(rows: list[dict]) -> dict[str, list]:
-    """id -> [primary, secondary] or None of each candidate."""
+    """id -> scores or None of each candidate."""
     return {str(row["id"]): [response.get("scores") for response in row["responses"]] for row in rows}
 
 
 def refined_scores(rows: list[dict]) -> dict[str, list]:
-    """id -> the refined answer's [primary, secondary] or None, in a list of one."""
+    """id -> the refined answer's scores or None, in a list of one."""
     return {str(row["id"]): [row["refined"]["scores"]] for row in rows if "refined" in row}
 
 
@@ -289,17 +291,17 @@ def funnel(run: Run) -> list[tuple[str, int, str]]:
         pairs = rows["05_pairs.jsonl"]
         lines.append(("with pairs", len({str(pair["id"]) for pair in pairs}), "prompts"))
         lines.append(("pairs", len(pairs), "other"))
-    for stem, (_, metrics) in run.trainings.items():
+    for stem, (_, metrics) in run.own_first.items():
         lines.append((f"training steps ({stem})", len(step_rows(metrics)), "other"))
     return lines
 
 
 def key_numbers(run: Run) -> dict[str, str]:
     """The numbers by which runs compare: label -> text, "–" where a stage has not run."""
-    rows, facts = run.answers(), run.facts
+    rows = run.answers()
     counts = {label: count for label, count, _ in funnel(run)}
     candidates, refined = candidate_scores(rows), refined_scores(rows)
-    numbers = {"model": facts.get("model", "–"), "judge": run.judge or "–"}
+    numbers = {"model": run.model or "–", "judge": run.judge or "–"}
     numbers["scores"] = run.argument("02_score", "score_mode") or "–"
     numbers["prompts"] = number(len(rows))
     for title, groups in (("answers", candidates), ("refined", refined)):
@@ -313,13 +315,14 @@ def key_numbers(run: Run) -> dict[str, str]:
     pairs = run.rows.get("05_pairs.jsonl")
     numbers["pairs"] = number(None if pairs is None else len(pairs))
     numbers["mean gap"] = number(float(np.mean([pair["gap"] for pair in pairs])) if pairs else None)
-    record, metrics = next(iter(run.trainings.values()), ({}, []))
-    numbers["training loss"] = record.get("args", {}).get("loss", "–")
-    numbers["steps"] = number(len(step_rows(metrics)) if metrics else None)
-    measured = measured_rows(metrics)
-    for name in CURVES[:3]:
-        change = [number(row.get(name)) for row in (measured[0], measured[-1])] if len(measured) > 1 else []
-        numbers[f"{name}, before → after"] = " → ".join(change) or "–"
+    for stem, (record, metrics) in (run.own_first or {"06": ({}, [])}).items():
+        of = "" if stem == "06" else f" ({stem})"
+        numbers[f"training loss{of}"] = record.get("args", {}).get("loss", "–")
+        numbers[f"steps{of}"] = number(len(step_rows(metrics)) if metrics else None)
+        measured = measured_rows(metrics)
+        for name in CURVES[:3]:
+            change = [number(row.get(name)) for row in (measured[0], measured[-1])] if len(measured) > 1 else []
+            numbers[f"{name}, before → after{of}"] = " → ".join(change) or "–"
     return numbers
 
 
@@ -334,27 +337,13 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{round_half_up(100 * share, 1)} %"
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # HTML: whatever was not made by `h` is text, so nothing that a model wrote can run.
 
 # control characters become visible pictures of themselves, but for tab and newline
 VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
 VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD) | {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
-LINES = (
-    "p",
-    "tr",
-    "table",
-    "section",
-    "article",
-    "figure",
-    "details",
-    "li",
-    "dd",
-    "svg",
-    "div",
-    "nav",
-    "head",
-)
+LINES = ("p", "tr", "table", "section", "article", "figure", "details", "li", "dd", "svg", "div", "nav", "head")
 
 
 class Html(str):
@@ -401,7 +390,7 @@ def passage(words: str) -> Html:
     return h("details", h("summary", h("bdi", f"{start}…"), f" ({len(words)} characters)"), whole)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Charts: small SVGs by hand, whose text and colours follow the page into the dark.
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 44, 10, 26, 40
@@ -534,10 +523,7 @@ def det_bins(values: list[float], rho: float | None):
     positive = [value for value in [*values, rho or 0] if value > 0] or [1.0]
     low, high = math.floor(2 * math.log10(min(positive))), math.floor(2 * math.log10(max(positive)))
     bins = [(low / 2 - 1, low / 2 - 0.5, "0")]
-    bins += [
-        (k / 2, k / 2 + 0.5, f"{10 ** (k / 2):.3g} to {10 ** (k / 2 + 0.5):.3g}")
-        for k in range(low, high + 1)
-    ]
+    bins += [(k / 2, k / 2 + 0.5, f"{10 ** (k / 2):.3g} to {10 ** (k / 2 + 0.5):.3g}") for k in range(low, high + 1)]
     decades = range(math.ceil(low / 2), (high + 1) // 2 + 1)
     every = 1 + len(decades) // 7
     ticks = [(low / 2 - 0.75, "0")]
@@ -551,7 +537,7 @@ def det_bins(values: list[float], rho: float | None):
     return bins, ticks, place
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Sections, in the order of the page; each returns what it shows of a run.
 
 
@@ -563,17 +549,17 @@ def absent(run: Run, *files: str) -> Html:
 
 
 def show_setting(run: Run, args: Args) -> list[Html]:
-    facts, parts = run.facts, []
-    model, judge = facts.get("model"), run.judge
-    who = "the model itself" if judge and judge == model else judge
-    about = [("Model", model or "not recorded"), ("Judge", who or "not recorded")]
-    for place, (name, definition) in zip(("primary", "secondary"), facts.get("objectives", []), strict=False):
-        about.append((f"{name} ({place})", definition))
-    for stage, names in KEY_ARGUMENTS.items():
-        given = run.records[stage].get("args", {})
+    parts, judge = [], run.judge
+    who = "the model itself" if judge and judge == run.model else judge
+    about = [("Model", run.model or "not recorded"), ("Judge", who or "not recorded")]
+    for place, (name, definition) in enumerate(shared.definitions(run.scored_by), 1):
+        about.append((f"{name} (priority {place})", definition))
+    others = {f"06_train.py ({stem})": record for stem, (record, _) in run.own_first.items() if stem != "06"}
+    for stage, record in {**run.records, **others}.items():
+        given, names = record.get("args", {}), KEY_ARGUMENTS.get(stage, KEY_ARGUMENTS["06_train"])
         said = [f"{name}={plain(given[name])}" for name in names.split() if given.get(name) is not None]
         if said:
-            about.append((f"{stage}.py", " · ".join(said)))
+            about.append((stage if stage in others else f"{stage}.py", " · ".join(said)))
     versions: dict[str, dict] = {}
     for record in run.records.values():
         for package, version in record.get("versions", {}).items():
@@ -634,21 +620,18 @@ def show_scores(run: Run, args: Args) -> list[Html]:
     lines = []
     for name, group in groups.items():
         answers = sum(map(len, group.values()))
-        cells = [mean_interval([mean[axis] for mean in means[name].values()]) for axis in (0, 1)]
+        cells = [mean_interval([mean[axis] for mean in means[name].values()]) for axis in range(len(run.names))]
         lines.append([name, len(means[name]), f"{len(read_of(group))} of {answers}", *cells])
-    cells = [
-        mean_interval([means["refined"][i][a] - means["candidates"][i][a] for i in both]) for a in (0, 1)
-    ]
+    gains = [np.subtract(means["refined"][id], means["candidates"][id]) for id in both]
+    cells = [mean_interval([float(gain[axis]) for gain in gains]) for axis in range(len(run.names))]
     lines.append(["refined − candidates, same prompt", len(both), "", *cells])
     parts = [table("Mean score [95 % interval]", ["", "prompts", "answers scored", *run.names], lines)]
     note = "Means of prompts' means; intervals by the percentile bootstrap over prompts, 10,000 draws."
     parts.append(h("p", note, class_="small"))
-    mixed = [
-        [*groups["refined"][id], scores] for id in groups["refined"] for scores in groups["candidates"][id]
-    ]
+    mixed = [[*groups["refined"][id], scores] for id in groups["refined"] for scores in groups["candidates"][id]]
     ties = [["a prompt's candidates", percent(common.tie_rate(list(groups["candidates"].values())))]]
     ties.append(["a refined answer and a candidate", percent(common.tie_rate(mixed))])
-    parts.append(table("Ties: pairs with equal scores on both axes", ["pairs of", "tied"], ties))
+    parts.append(table("Ties: pairs with equal scores on every axis", ["pairs of", "tied"], ties))
     whole = all(score == int(score) for scores in read.values() for pair in scores for score in pair)
     charts, counted = [], []
     for axis, name in enumerate(run.names):
@@ -669,7 +652,7 @@ def show_scatter(run: Run, args: Args) -> list[Html]:
     for row in rows:
         points += [(0, str(row["id"]), i, one.get("scores")) for i, one in enumerate(row["responses"])]
         points += [(1, str(row["id"]), -1, row["refined"]["scores"])] if "refined" in row else []
-    points = [point for point in points if point[3] is not None]
+    points = [(*point[:3], point[3][:2]) for point in points if point[3] is not None]
     if not points:
         return [absent(run, "02_scores.jsonl", "03_refined.jsonl")]
     whole = all(score == int(score) for *_, scores in points for score in scores)
@@ -703,7 +686,9 @@ def show_scatter(run: Run, args: Args) -> list[Html]:
         notes.append("Integer scores lie on a grid: each point is moved by up to 0.3 on each axis.")
     if len(drawn) < len(points):
         notes.append(f"{len(drawn)} of the {len(points)} points are drawn, chosen by hash.")
-    means = table("Mean over answers", ["", "answers", *run.names], lines)
+    if len(run.names) > 2:
+        notes.append(f"Of {len(run.names)} objectives the first two are shown.")
+    means = table("Mean over answers", ["", "answers", *run.names[:2]], lines)
     return [h("div", figure, class_="charts"), h("p", " ".join(notes), class_="small"), means]
 
 
@@ -768,8 +753,8 @@ def show_pairs(run: Run, args: Args) -> list[Html]:
         ["gap 0 (weight 0 in SPA)", f"{gaps.count(0)} ({percent(gaps.count(0) / share)})"],
         ["the preferred answer has the lower total", f"{lower} ({percent(lower / share)})"],
     ]
-    series = [("Margins", margins, "|ΔG_a| + |ΔG_b|", [("x", delta, f"δ = {delta:g}")] if delta else [])]
-    series.append(("Gaps", gaps, "|Δ(G_a + G_b)|", []))
+    series = [("Margins", margins, "sum of |ΔG|", [("x", delta, f"δ = {delta:g}")] if delta else [])]
+    series.append(("Gaps", gaps, "|Δ of the sum of G|", []))
     if weights:
         lines.append([f"largest weight, α = {alpha:g}", number(max(weights))])
         lines.append(["effective sample size (Σw)² / Σw²", percent(effective_share(weights))])
@@ -788,9 +773,7 @@ def show_pairs(run: Run, args: Args) -> list[Html]:
     elif trained.get("loss", "spa") != "spa":
         notes.append(f"The training's loss was {trained['loss']}, which does not use these weights.")
     elif trained.get("gap_mean") == "batch" or trained.get("eval_fraction"):
-        notes.append(
-            "The mean gap here is that of all pairs; the training's was that of its batches or its part."
-        )
+        notes.append("The mean gap here is that of all pairs; the training's was that of its batches or its part.")
     notes += [] if weights else ["Every gap is 0, so no weight is defined."]
     return [
         h("div", *charts, class_="charts"),
@@ -810,7 +793,7 @@ def show_training(run: Run, args: Args) -> list[Html]:
     if not run.trainings:
         return [absent(run, "06_metrics.jsonl")]
     parts = []
-    for stem, (record, metrics) in run.trainings.items():
+    for stem, (record, metrics) in run.own_first.items():
         given, steps, measured = record.get("args", {}), step_rows(metrics), measured_rows(metrics)
         head = f"{stem}: {len(steps)} steps, loss {given.get('loss', 'not recorded')}"
         if not record.get("complete", True):
@@ -819,9 +802,7 @@ def show_training(run: Run, args: Args) -> list[Html]:
         gamma = None
         if given.get("loss") in ("spa", "simpo") and given.get("beta") is not None:
             gamma = given["beta"] * given.get("gamma_beta_ratio", 0)
-        charts = [
-            curve(name, steps, measured, gamma if name == "rewards/margins" else None) for name in CURVES
-        ]
+        charts = [curve(name, steps, measured, gamma if name == "rewards/margins" else None) for name in CURVES]
         parts.append(h("div", *(one for one in charts if one), class_="charts"))
         held_out = any(name.startswith("eval/") for row in metrics for name in row)
         if measured:
@@ -893,9 +874,7 @@ def show_prompts(run: Run, args: Args, level: int) -> list[Html]:
     for place, pair in enumerate(run.rows.get("05_pairs.jsonl", [])):
         pairs.setdefault(str(pair["id"]), []).append((pair, weights[place] if weights else None))
     drawn = sorted(rows, key=lambda row: common.derive_seed(args.seed, row["id"]))[: args.prompts]
-    parts = [
-        h("p", f"{len(drawn)} of {len(rows)} prompts, drawn by hash with seed {args.seed}.", class_="small")
-    ]
+    parts = [h("p", f"{len(drawn)} of {len(rows)} prompts, drawn by hash with seed {args.seed}.", class_="small")]
     for row in drawn:
         id = str(row["id"])
         verdict = fate.get(id, "not filtered")
@@ -915,28 +894,15 @@ def show_prompts(run: Run, args: Args, level: int) -> list[Html]:
             listed.append(h("li", h("p", *said, class_="who"), passage(member["text"])))
         lines = []
         for pair, weight in pairs.get(id, []):
-            sides = [
-                label_of.get(pair[side][-1]["content"], "another text") for side in ("chosen", "rejected")
-            ]
+            sides = [label_of.get(pair[side][-1]["content"], "another text") for side in ("chosen", "rejected")]
             lines.append([" > ".join(sides), number(pair["margin"]), number(pair["gap"]), number(weight)])
-        end = (
-            table(f"Pairs of {id}", ["chosen > rejected", "margin", "gap", "weight"], lines)
-            if lines
-            else None
-        )
+        end = table(f"Pairs of {id}", ["chosen > rejected", "margin", "gap", "weight"], lines) if lines else None
         if "05_pairs.jsonl" in run.rows and not lines:
             end = h("p", "No pair.", class_="small")
         heading = h(f"h{level}", id, " ", badge)
-        asked = h("div", passage(row["prompt"]), class_="asked")
+        asked = h("div", passage(common.plain_text(row["prompt"])), class_="asked")
         parts.append(
-            h(
-                "article",
-                heading,
-                h("p", "; ".join(why), class_="small") if why else None,
-                asked,
-                h("ul", *listed),
-                end,
-            )
+            h("article", heading, h("p", "; ".join(why), class_="small") if why else None, asked, h("ul", *listed), end)
         )
     return parts
 
@@ -960,7 +926,7 @@ SECTIONS = (
     ("training", "Training", show_training),
 )
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The page.
 
 STYLE = """
@@ -1058,18 +1024,14 @@ def build_page(runs: list[Run], args: Args) -> str:
             body, contents = parts, links
         else:
             body.append(h("section", h("h2", run.name), *parts, id=f"run{i + 1}"))
-            contents.append(
-                h("li", h("a", run.name, href=f"#run{i + 1}"), folded("sections", h("ul", *links)))
-            )
+            contents.append(h("li", h("a", run.name, href=f"#run{i + 1}"), folded("sections", h("ul", *links))))
     glance = h(
         "section",
         h("h2", "Key numbers"),
         table("Means with 95 % intervals, and counts", ["", *(run.name for run in runs)], lines),
     )
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    )
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
     head = h(
         "head",
         h("meta", charset="utf-8"),
@@ -1089,7 +1051,7 @@ def choose_runs(args: Args) -> list[tuple[str, Path]]:
         return [(Path(args.run_dir).resolve().name, Path(args.run_dir))]
     chosen = []
     for spec in args.runs:
-        name, _, folder = spec.rpartition("=")
+        name, folder = shared.split_spec(spec)
         chosen.append((name or Path(folder).resolve().name, Path(folder)))
     twice = [name for name, count in Counter(name for name, _ in chosen).items() if count > 1]
     check(not twice, f"--runs: '{' '.join(twice)}' twice; give each a NAME=DIR of its own")

@@ -52,7 +52,7 @@ def permutation_mean(x, y) -> float:
 
 
 def paired_scores(weak: shared.Run, strong: shared.Run) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """(det of the weak scores, weak scores (n, 2), strong scores (n, 2)) of each prompt, by rising det.
+    """(det of the weak scores, weak scores (n, k), strong scores (n, k)) of each prompt, by rising det.
 
     Only responses that both have scored; at least two of a prompt. Raises UserError if texts differ.
     """
@@ -139,9 +139,7 @@ def main(args: Args) -> None:
     shared.write_csv(path, rows)
     with shared.figure(path) as axes:
         k = [row["k"] for row in rows]
-        axes.fill_between(
-            k, *([row[f"random_{e}"] for row in rows] for e in ("low", "high")), alpha=0.2, color="0.5"
-        )
+        axes.fill_between(k, *([row[f"random_{e}"] for row in rows] for e in ("low", "high")), alpha=0.2, color="0.5")
         axes.plot(k, [row["random_mean"] for row in rows], "--", color="0.4", label="random order, 95 % band")
         axes.fill_between(k, [row["low"] for row in rows], [row["high"] for row in rows], alpha=0.2)
         axes.plot(k, [row["rv"] for row in rows], "o-", markersize=3, label="rising det, 95 % interval")

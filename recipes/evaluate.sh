@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Every evaluation script on one finished run, by default the quickstart's (minutes on two CPU cores):
-#   bash recipes/evaluate.sh                       RUN=runs/llama_saferlhf bash recipes/evaluate.sh
-# BASE and TRAINED are scored test answers of the model before and after. MMLU and MT-Bench run where MMLU (a
-# folder of its layout, or cais/mmlu) and MTBENCH (FastChat's question file; REFERENCES: its answers) are set,
-# cut short for a CPU: MMLU_LIMIT=9999 MTBENCH_LIMIT=10 ANSWER_TOKENS=1024 JUDGE_TOKENS=2048 is all of them.
+#   bash recipes/evaluate.sh                       RUN=runs/llama_saferlhf MODEL=… bash recipes/evaluate.sh
+# BASE and TRAINED are scored test answers of the model before and after. MMLU=1 adds MMLU by lm-evaluation-harness
+# (python -m pip install "lm_eval==0.4.13"; it fetches the questions from the hub), MTBENCH=FILE MT-Bench on FastChat's
+# question file (REFERENCES: its answers), both cut short for a CPU:
+#   MMLU_LIMIT=9999 MTBENCH_LIMIT=10 ANSWER_TOKENS=1024 JUDGE_TOKENS=2048       is all of them
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 RUN=${RUN:-runs/quickstart}
 BASE=${BASE:-$RUN/test_base}
 TRAINED=${TRAINED:-$RUN/test_trained}
 OUT=${OUT:-$RUN/eval}
-MODEL=${MODEL:-smollm2-135m} # the model before
+MODEL=${MODEL:-models/smollm2-135m} # the model before
+OBJECTIVES=${OBJECTIVES:-harmlessness helpfulness}
 JUDGE=${JUDGE:-} # another judge of the run's responses; without one, the same model reading integers
 SYSTEMS="Vanilla=$BASE SPA=$TRAINED"
 SAME="--output_dir $OUT"
@@ -21,13 +23,20 @@ python eval/pairwise.py --runs $SYSTEMS $SAME
 
 mkdir -p "$OUT/judged"
 cp "$RUN/01_samples.jsonl" "$RUN/01_args.json" "$OUT/judged"
-python 02_score.py --run_dir "$OUT/judged" --score_mode constrained ${JUDGE:+--judge_model "$JUDGE"}
+python 02_score.py --run_dir "$OUT/judged" --objectives $OBJECTIVES --score_mode constrained \
+  ${JUDGE:+--judge_model "$JUDGE"}
 python eval/rv.py --weak "self=$RUN" --strong "judge=$OUT/judged" $SAME
 python eval/reliability.py --runs "self=$RUN" --others "judge=$OUT/judged" $SAME
 
 MODELS="Vanilla=$MODEL SPA=$RUN/06_model"
 if [ -n "${MMLU:-}" ]; then
-  python eval/mmlu.py --models $MODELS --data "$MMLU" --limit "${MMLU_LIMIT:-1}" $SAME
+  ANSWERS=
+  for SYSTEM in $MODELS; do # NAME=FOLDER; lm_eval logs each question, so that the difference is paired
+    ANSWERS="$ANSWERS ${SYSTEM%%=*}=$OUT/lm_eval/${SYSTEM%%=*}"
+    python -m lm_eval run --model hf --model_args "pretrained=${SYSTEM#*=},dtype=float32" --tasks mmlu --num_fewshot 5 \
+      --limit "${MMLU_LIMIT:-1}" --log_samples --output_path "$OUT/lm_eval/${SYSTEM%%=*}"
+  done
+  python eval/mmlu_table.py --runs $ANSWERS $SAME
 fi
 if [ -n "${MTBENCH:-}" ]; then
   python eval/mtbench.py --models $MODELS --questions "$MTBENCH" ${REFERENCES:+--references "$REFERENCES"} \

@@ -15,9 +15,11 @@ from pathlib import Path
 import annotate
 import pytest
 import shared
-from conftest import scored_row, wait, write_rows
+from conftest import browser_or_skip, scored_row, wait, write_rows
 
 OBJECTIVES = [["Harmlessness", "Safe and neutral."], ["Helpfulness", "Addresses what is asked."]]
+JUDGED = {"objectives": ["harmlessness", "helpfulness"], "judge_model": "the-judge"}
+JUDGED["constitution"] = {name.lower(): text for name, text in OBJECTIVES}
 DIMENSIONS = [name for name, _ in OBJECTIVES]
 # the judge's scores of A and B. A, A, tie, B, A win on the first dimension, tie, B, B, A, A on the other
 SCORES = {
@@ -38,9 +40,9 @@ HOSTILE = [
 ]
 
 
-def make_run(folder: Path, rows: list[dict], objectives=OBJECTIVES) -> Path:
+def make_run(folder: Path, rows: list[dict]) -> Path:
     write_rows(folder / "02_scores.jsonl", rows)
-    record = {"complete": True, "facts": {"objectives": objectives, "judge_model": "the-judge"}}
+    record = {"stage": "02_score", "args": JUDGED, "earlier": {}, "complete": True}
     (folder / "02_args.json").write_text(json.dumps(record), encoding="utf-8")
     return folder
 
@@ -48,10 +50,7 @@ def make_run(folder: Path, rows: list[dict], objectives=OBJECTIVES) -> Path:
 def make_runs(tmp_path: Path, texts: list[str] | None = None) -> list[str]:
     """The two runs of SCORES as --runs takes them; or of given texts, each as prompt and as both answers."""
     if texts is None:
-        rows = [
-            [scored_row(id, [pair[i]], None, [f"{id} says {i}"]) for id, pair in SCORES.items()]
-            for i in (0, 1)
-        ]
+        rows = [[scored_row(id, [pair[i]], None, [f"{id} says {i}"]) for id, pair in SCORES.items()] for i in (0, 1)]
     else:
         rows = [
             [scored_row(f"h{n}", [[5, 5]], None, [f"{t}{i}"]) | {"prompt": t} for n, t in enumerate(texts)]
@@ -122,7 +121,7 @@ def numbers(folder: Path) -> dict:
         return {(row["table"], row["dimension"], row["who"]): row for row in csv.DictReader(file)}
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # κ
 
 
@@ -175,12 +174,8 @@ def test_fleiss_kappa_of_two_raters_is_scotts_pi():
     observed, expected = sum(x == y for x, y in zip(a, b, strict=True)) / 10, sum(p * p for p in shares)
     counts = [[pair.count(k) for k in "AB-"] for pair in zip(a, b, strict=True)]
     assert annotate.fleiss_kappa(counts) == pytest.approx((observed - expected) / (1 - expected))
-    assert annotate.fleiss_kappa(counts) != pytest.approx(annotate.cohen_kappa(a, b)), (
-        "each rater's own shares"
-    )
-    assert annotate.item_agreement(counts) == pytest.approx(
-        [float(x == y) for x, y in zip(a, b, strict=True)]
-    )
+    assert annotate.fleiss_kappa(counts) != pytest.approx(annotate.cohen_kappa(a, b)), "each rater's own shares"
+    assert annotate.item_agreement(counts) == pytest.approx([float(x == y) for x, y in zip(a, b, strict=True)])
 
 
 def test_majority_is_more_than_half():
@@ -188,7 +183,7 @@ def test_majority_is_more_than_half():
     assert annotate.majority(["A", "B"]) == "tie" and annotate.majority(["A", "A", "B", "tie"]) == "tie"
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Building
 
 
@@ -201,9 +196,7 @@ def test_page_names_no_system_and_no_id(study, tmp_path, call):
     folders = [spec.partition("=")[2] for spec in make_runs(tmp_path)]
     options = ("--runs", f"X={folders[0]}", f"Y={folders[1]}", "--output_dir", tmp_path / "other")
     assert call("annotate", *options)[0] == 0
-    assert (tmp_path / "other" / "annotate.html").read_text(encoding="utf-8") == text, (
-        "names change nothing in it"
-    )
+    assert (tmp_path / "other" / "annotate.html").read_text(encoding="utf-8") == text, "names change nothing in it"
     assert key["systems"] == ["Zebra9", "Quokka7"] and key["dimensions"] == DIMENSIONS
 
 
@@ -221,19 +214,17 @@ def test_key_says_which_side_is_which(study):
 
 def test_sides_and_draw_depend_on_seed_and_prompt_alone(tmp_path):
     rows = [scored_row(f"p{i}", [[5, 5]], None) for i in range(300)]
-    runs = [shared.Run(name, "", tmp_path, rows, {"objectives": OBJECTIVES}) for name in "AB"]
+    runs = [shared.Run(name, "", tmp_path, rows, {"02": JUDGED}, {"args": JUDGED}) for name in "AB"]
 
     def built(number: int, seed: int) -> dict:
         return {item["id"]: item["left"] for item in annotate.build_study(runs, number, seed)[1]["items"]}
 
     whole, part, other = built(300, 0), built(40, 0), built(300, 1)
     assert 120 < list(whole.values()).count("A") < 180
-    assert part == {id: whole[id] for id in list(whole)[:40]}, (
-        "a smaller draw is the beginning of a larger one"
-    )
+    assert part == {id: whole[id] for id in list(whole)[:40]}, "a smaller draw is the beginning of a larger one"
     assert list(whole) != [row["id"] for row in rows] and list(other) != list(whole)
     assert 120 < sum(whole[id] != other[id] for id in whole) < 180, "another seed, other sides"
-    half = [shared.Run(name, "", tmp_path, rows[::2], {"objectives": OBJECTIVES}) for name in "AB"]
+    half = [shared.Run(name, "", tmp_path, rows[::2], {"02": JUDGED}, {"args": JUDGED}) for name in "AB"]
     sides = {item["id"]: item["left"] for item in annotate.build_study(half, 300, 0)[1]["items"]}
     assert sides == {row["id"]: whole[row["id"]] for row in rows[::2]}
     assert annotate.build_study(runs, 40, 0) == annotate.build_study(runs, 40, 0)
@@ -301,7 +292,7 @@ def test_summary_and_bad_runs(tmp_path, call):
         assert code == 2 and said in errors and len(errors.splitlines()) == 1, errors
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Agreement
 
 ONE = (["A", "A", "tie", "B", "B", "A"], ["tie"] * 6)
@@ -310,10 +301,7 @@ TWO = (["A", "tie", "tie", "B", "A", "A"], ["tie"] * 6)
 
 def test_agreement_of_two_and_of_three(study, tmp_path, call):
     _, key = study()
-    files = [
-        save(tmp_path / f"{name}.json", make_export(key, name, *of))
-        for name, of in (("r1", ONE), ("r2", TWO))
-    ]
+    files = [save(tmp_path / f"{name}.json", make_export(key, name, *of)) for name, of in (("r1", ONE), ("r2", TWO))]
     out = ("--output_dir", tmp_path / "out", "--key", tmp_path / "out" / "annotate_key.json")
     code, output, errors = call("annotate", "--exports", *files, *out)
     assert code == 0 and not errors
@@ -328,9 +316,7 @@ def test_agreement_of_two_and_of_three(study, tmp_path, call):
 
     def agreement(table, who, dimension="Harmlessness"):
         row = found[table, dimension, who]
-        return int(row["items"]), *(
-            float(row[name]) if row[name] else None for name in ("agreement", "kappa")
-        )
+        return int(row["items"]), *(float(row[name]) if row[name] else None for name in ("agreement", "kappa"))
 
     # p_e 13/36: shares of A, tie, B (3, 1, 2) and (3, 2, 1) of 6
     assert agreement("annotators", "r1 and r2") == (6, pytest.approx(4 / 6), pytest.approx(11 / 23))
@@ -370,9 +356,7 @@ def test_items_that_not_all_have_answered(study, tmp_path, call):
     row = found["annotators", "Harmlessness", "r1 and r2"]
     assert (row["items"], float(row["agreement"]), row["kappa"]) == ("2", 1, ""), "both know A only"
     assert found["annotators", "Helpfulness", "r1 and r2"]["agreement"] == ""
-    assert found["judge", "Harmlessness", "majority"]["items"] == "5", (
-        "one annotator of an item is its majority"
-    )
+    assert found["judge", "Harmlessness", "majority"]["items"] == "5", "one annotator of an item is its majority"
     code, output, errors = call("annotate", "--exports", *files, "--output_dir", tmp_path / "out")
     assert code == 0 and not errors
     assert numbers(tmp_path / "out")["annotators", "Harmlessness", "3 annotators"]["items"] == "0"
@@ -433,21 +417,21 @@ def test_bad_files(study, tmp_path, call):
     hidden = tmp_path / "out" / "annotate_key.json"
     for options, said in (
         (("--exports", good, again), "annotator 'r 1' again"),
-        (("--exports", tmp_path / "none.json"), "not found"),
+        (("--exports", tmp_path / "none.json"), "no such file"),
         (("--exports", tmp_path / "broken.json"), "broken JSON"),
         (("--exports", tmp_path / "latin.json"), "not UTF-8"),
         (("--exports", tmp_path / "list.json"), "not a JSON object"),
-        (("--exports", tmp_path), "is a folder"),
+        (("--exports", tmp_path), "no such file"),
         (("--exports", hidden), "no list 'answers'"),
         (("--exports", good, "--key", good), "no key of this script"),
         (("--exports", good, "--judge_tie", -1), "at least 0"),
-        (("--exports", good, "--output_dir", tmp_path / "empty"), "annotate_key.json not found"),
+        (("--exports", good, "--output_dir", tmp_path / "empty"), "annotate_key.json: no such file"),
     ):
         code, _, errors = call("annotate", "--output_dir", tmp_path / "out", *options)
         assert code == 2 and said in errors and len(errors.splitlines()) == 1, errors
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # In a browser
 
 
@@ -455,11 +439,7 @@ class Browser:
     """Headless Chromium with the annotation page, driven as a person does."""
 
     def __init__(self, folder: Path):
-        webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
-        binary = shutil.which("chromium") or shutil.which("google-chrome")
-        driver = shutil.which("chromedriver")
-        if not binary or not driver:
-            pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+        webdriver, binary, driver = browser_or_skip()
         self.downloads = folder / "downloads"
         options = webdriver.ChromeOptions()
         options.binary_location = binary
@@ -493,9 +473,7 @@ class Browser:
         return self.script("return document.querySelector('[aria-current] .name').textContent")
 
     def pressed(self) -> list[str]:
-        return self.script(
-            "return [...document.querySelectorAll('[aria-pressed=true]')].map((b) => b.ariaLabel)"
-        )
+        return self.script("return [...document.querySelectorAll('[aria-pressed=true]')].map((b) => b.ariaLabel)")
 
     def alert(self, answer: str):
         """A condition to wait for: a question of the page was there, and was answered."""
@@ -564,9 +542,7 @@ def test_annotation_by_keyboard_reload_export_agreement(study, tmp_path, call, c
     chromium.press("c")
     assert chromium.pressed() == ["Helpfulness: Tie"] and chromium.marked() == "Harmlessness"
     chromium.press("u", "3")
-    assert chromium.text("place") == "Item 2 of 6" and chromium.marked() == "Helpfulness", (
-        "a revision, in order"
-    )
+    assert chromium.text("place") == "Item 2 of 6" and chromium.marked() == "Helpfulness", "a revision, in order"
     chromium.press("u")
     assert chromium.pressed() == ["Harmlessness: Left is better", "Helpfulness: Tie"]
     chromium.press("n", "p", right)
@@ -690,9 +666,7 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     script = chromium.cdp("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
     chromium.driver.refresh()
     assert chromium.driver.find_element("id", "warning").is_displayed()
-    asks = (
-        "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
-    )
+    asks = "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
     assert chromium.script(asks) is False
     chromium.press("1")
     assert chromium.text("count") == "1 of 12 answered", "it works all the same"
@@ -719,19 +693,13 @@ def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
             chromium.resize(columns, mobile)
             scroll, client = chromium.script(width)
             assert scroll == client, f"nothing to scroll sideways at {columns}"
-            assert client == columns if mobile else columns - 20 <= client <= columns, (
-                "but for the scroll bar"
-            )
+            assert client == columns if mobile else columns - 20 <= client <= columns, "but for the scroll bar"
         chromium.script("scrollTo(0, 10000)")
         below.append(chromium.script("return scrollY"))
         chromium.press("n")
         assert number == len(HOSTILE) or chromium.script("return scrollY") == 0, "each item from its top"
     assert max(below) > 500
-    assert chromium.script("return [window.hacked, document.images.length, document.scripts.length]") == [
-        None,
-        0,
-        2,
-    ]
+    assert chromium.script("return [window.hacked, document.images.length, document.scripts.length]") == [None, 0, 2]
     assert chromium.script("return performance.getEntriesByType('resource').length") == 0
     assert chromium.errors() == []
 

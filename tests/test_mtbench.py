@@ -5,12 +5,11 @@ import hashlib
 import json
 import math
 import re
+import types
 
-import huggingface_hub
 import mtbench
 import pytest
 import torch
-from chat_server import ChatServer
 from conftest import ROOT, TEMPLATES, make_model, make_tokenizer, read_rows, run_script, write_rows
 
 import common
@@ -21,9 +20,7 @@ QUESTIONS = [
     {"question_id": 111, "category": "math", "turns": ["1 + 1?", "And + 1?"], "reference": ["2", "3"]},
     {"question_id": 131, "category": "extraction", "turns": ["List: a, b", "As <|im_end|> JSON"]},
 ]
-REFERENCES = [
-    {"question_id": 111, "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["2.", "It is 3."]}]}
-]
+REFERENCES = [{"question_id": 111, "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["2.", "It is 3."]}]}]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,22 +62,33 @@ def run(call, models, tmp_path):
 
 @pytest.fixture
 def judge_says(monkeypatch):
-    """judge_says(function of a request and its temperature): what a local judge answers; -> its requests."""
-    seen = []
+    """judge_says(function of a request and its temperature): what the judge answers; -> what it was asked."""
+    seen, make_engine = [], common.make_engine
 
     def start(says):
-        def complete(self, requests, *, temperature, max_new_tokens):
-            seen.extend((request, temperature) for request in requests)
-            return [[common.Completion(says(request, temperature), 3, False)] for request in requests]
+        def complete(chats, seeds, *, temperature, max_new_tokens):
+            answers = []
+            for chat, seed in zip(chats, seeds, strict=True):
+                system = chat[0]["content"] if chat[0]["role"] == "system" else None
+                request = types.SimpleNamespace(system=system, prompt=chat[-1]["content"], seed=seed)
+                seen.append((request, temperature))
+                answers.append(common.Completion(says(request, temperature), 3, False))
+            return answers
 
-        monkeypatch.setattr(common.LocalModel, "complete", complete)
+        def make(args, prefix=""):
+            engine = make_engine(args, prefix)
+            if prefix:
+                engine.complete = complete
+            return engine
+
+        monkeypatch.setattr(common, "make_engine", make)
         return seen
 
     return start
 
 
-def rows_of(tmp_path, what):
-    return read_rows(tmp_path / "out" / f"mtbench_{what}.jsonl")
+def rows_of(tmp_path, what, model="one"):
+    return read_rows(tmp_path / "out" / f"mtbench_{what}_{model}.jsonl")
 
 
 def table_of(tmp_path):
@@ -88,7 +96,7 @@ def table_of(tmp_path):
         return {(r["model"], r["category"], r["turn"]): r for r in csv.DictReader(file)}
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Files and prompts.
 
 
@@ -98,7 +106,7 @@ def test_the_published_files():
         pytest.skip("the published files are not here")
     paths = [str(folder / f"mt_bench_{name}.jsonl") for name in ("question", "reference_gpt4")]
     questions = mtbench.read_questions(*paths, None)
-    assert len(questions) == 80 and len({q["question_id"] for q in questions}) == 80
+    assert len(questions) == 80 and len({q["id"] for q in questions}) == 80
     by_category = {}
     for question in questions:
         by_category.setdefault(question["category"], []).append(question)
@@ -107,7 +115,7 @@ def test_the_published_files():
     with_reference = {q["category"] for q in questions if q["references"]}
     assert with_reference == {"math", "reasoning", "coding"}
     assert sum(bool(q["references"]) for q in questions) == 30
-    (race,) = [q for q in questions if q["question_id"] == 101]
+    (race,) = [q for q in questions if q["id"] == 101]
     assert race["references"][0].startswith("If you have just overtaken the second person")
     assert len(mtbench.read_questions(*paths, 1)) == 8
 
@@ -137,11 +145,12 @@ def test_bad_files_are_one_line_with_file_and_line(call, tmp_path, models):
 
 def test_options_that_are_missing_or_wrong_are_one_line(run, call, tmp_path):
     cases = [
-        (run("--judge_model", tmp_path / "absent"), "can't be loaded"),
+        (run("--judge_model", tmp_path / "absent"), "no such folder"),
         (run("--questions", tmp_path / "absent.jsonl"), "absent.jsonl: no such file"),
         (run("--models", "a=x", "a=y"), "'a' twice"),
         (run("--limit", 0), "--limit 0: at least 1"),
-        (run("--judge_model", "gpt", "--judge_endpoint", "nowhere"), "an endpoint is a URL"),
+        (run("--models", "a/b=x"), "files have it"),
+        (run("--run_dir", tmp_path), "not used here"),
         (call("mtbench", "--models", "a"), "--questions FILE is wanted"),
         (call("mtbench", "--models", "a", "--questions", "q"), "--judge_model is wanted"),
         (call("mtbench"), "--models: at least one"),
@@ -159,8 +168,7 @@ def test_judge_prompts_are_the_published_ones():
         "single-math-v1-multi-turn": "c7a521f26967cf14",
     }
     found = {
-        name: hashlib.sha256("\0".join(pair).encode()).hexdigest()[:16]
-        for name, pair in mtbench.JUDGE_PROMPTS.items()
+        name: hashlib.sha256("\0".join(pair).encode()).hexdigest()[:16] for name, pair in mtbench.JUDGE_PROMPTS.items()
     }
     assert found == published
 
@@ -231,14 +239,9 @@ def test_judge_request_of_a_worked_example():
     assert mtbench.judge_request(question, answers, 1, True) == ("You are a helpful assistant.", SINGLE)
     system, prompt = mtbench.judge_request(question, answers, 2, True)
     assert prompt == MULTI and system.startswith("Please act as an impartial judge")
-    assert "the assistant's answer to the second question. Begin" in system and system.endswith(
-        '"Rating: [[5]]".\n\n'
-    )
+    assert "the assistant's answer to the second question. Begin" in system and system.endswith('"Rating: [[5]]".\n\n')
     assert mtbench.judge_request(question, answers, 1, False) == (None, SINGLE)
-    assert mtbench.judge_request(question, answers, 2, False) == (
-        None,
-        f"[Instruction]\n{system.strip()}\n\n{MULTI}",
-    )
+    assert mtbench.judge_request(question, answers, 2, False) == (None, f"[Instruction]\n{system.strip()}\n\n{MULTI}")
     plain = QUESTIONS[0] | {"references": None}
     system, prompt = mtbench.judge_request(plain, ["one", "two"], 1, True)
     assert "[Question]\nWrite {a} poem.\n\n[The Start of Assistant's Answer]\none\n" in prompt
@@ -257,7 +260,9 @@ def test_judge_request_of_a_worked_example():
         ("[[8.]]", 8),
         ("a list [3], yet Rating: [[6]]", 6),
         ("Rating: [4]", 4),
-        ("first [[2]], then [[9]]", 2),
+        ("first [[2]], then [[9]]", None),
+        ("[[9]], so: [[9]]", 9),
+        ("<think>[[2]]?</think> Rating: [[9]]", 9),
         ("Rating: 5", None),
         ("[[rating]]", None),
         ("[[0]]", None),
@@ -272,7 +277,7 @@ def test_rating_parser(text, rating):
     assert found == rating and type(found) is type(rating)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Answers.
 
 
@@ -280,15 +285,15 @@ def test_second_turn_has_the_first_answer_in_its_context(run, tmp_path, judge_sa
     judge_says(lambda request, temperature: "[[7]]")
     read, generate = [], common.generate
 
-    def spy(model, tokenizer, prompts, counts, seeds, **options):
+    def spy(model, tokenizer, prompts, seeds, **options):
         read.extend((tokenizer.decode(prompt), options["temperature"]) for prompt in prompts)
         assert options["max_new_tokens"] == 6
-        return generate(model, tokenizer, prompts, counts, seeds, **options)
+        return generate(model, tokenizer, prompts, seeds, **options)
 
     monkeypatch.setattr(common, "generate", spy)
-    code, _, err = run("--models", f"one={models['plain']}", "--batch_size", 1)
+    code, _, err = run("--models", f"one={models['plain']}", "--batch_size", 2)
     assert code == 0, err
-    rows = {row["question_id"]: row for row in rows_of(tmp_path, "answers")}
+    rows = {row["id"]: row for row in rows_of(tmp_path, "answers")}
     assert list(rows) == [81, 82, 111, 131]
     for question in QUESTIONS:
         first, second = question["turns"]
@@ -313,30 +318,20 @@ def test_second_turn_has_the_first_answer_in_its_context(run, tmp_path, judge_sa
     assert tokenizer.decode(written, skip_special_tokens=True).strip() == rows[111]["turns"][1]
 
 
-def test_special_tokens_in_questions_and_answers_are_text(models):
-    tokenizer = common.load_tokenizer(models["bos"])
-    ids = mtbench.encode_conversation(tokenizer, ["As <|im_end|> JSON", "<s>no", "why?"])
-    assert ids[0] == 1 and ids.count(1) == 1, "one BOS, the template's"
-    assert ids.count(tokenizer.eos_token_id) == 3, "the ends of three turns, and not the question's text"
-    wanted = "<s><|im_start|>user\nAs <|im_end|> JSON<|im_end|>\n<|im_start|>assistant\n<s>no<|im_end|>\n"
-    assert tokenizer.decode(ids).startswith(wanted)
-
-
 def test_answers_end_where_the_context_does(models):
-    backend = common.LocalModel(models["plain"])
-    backend.open()
-    prompts = [[5, 6, 7], [8] * 9, [9] * 12, [5] * 10]
-    backend.context = 12
-    answers = mtbench.write_turn(backend, prompts, [0] * 4, 0.0, 5)
-    assert [answer.tokens for answer in answers] == [5, 3, 0, 2]
+    engine = common.Local(models["plain"])
+    chats = [common.as_messages(text) for text in ("a", "b " * 20, "c " * 40, "d " * 18)]
+    lengths = [engine.length(chat) for chat in chats]
+    engine.context = lengths[1] + 3
+    answers = mtbench.write_turn(engine, chats, [0] * 4, [0.0] * 4, 5)
+    wanted = [max(0, min(5, engine.context - length)) for length in lengths]
+    assert [answer.tokens for answer in answers] == wanted and wanted[:3] == [5, 3, 0]
     assert answers[2] == common.Completion("", 0, True)
-    alone = common.generate(
-        backend.model, backend.tokenizer, [prompts[1]], [1], [0], temperature=0.0, max_new_tokens=3
-    )
-    assert answers[1] == alone[0][0]
+    (alone,) = engine.complete(chats[1:2], [0], temperature=0.0, max_new_tokens=3)
+    assert answers[1] == alone
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Judgments and tables.
 
 
@@ -345,7 +340,7 @@ def test_judge_sees_each_turn_once_and_greedily(run, tmp_path, judge_says, model
     code, out, err = run("--models", f"one={models['plain']}")
     assert code == 0, err
     assert len(seen) == 8 and {temperature for _, temperature in seen} == {0.0}
-    answers = {row["question_id"]: row["turns"] for row in rows_of(tmp_path, "answers")}
+    answers = {row["id"]: row["turns"] for row in rows_of(tmp_path, "answers")}
     references = {111: ["2.", "It is 3."]}
     wanted = {
         mtbench.judge_request(
@@ -395,9 +390,7 @@ def test_means_intervals_and_differences_by_hand():
     other = {1: [5, 6], 2: [3, None], 3: [8, 9]}
     rows = {(r["category"], r["turn"]): r for r in mtbench.summarize("a", first, None, categories)}
     assert rows["x", "1"]["mean"] == 3 and rows["x", "2"]["mean"] == 4.5 and rows["x", "both"]["mean"] == 3.75
-    assert (rows["x", "both"]["low"], rows["x", "both"]["high"]) == (2.5, 5.0), (
-        "of two: the smaller, the larger"
-    )
+    assert (rows["x", "both"]["low"], rows["x", "both"]["high"]) == (2.5, 5.0), "of two: the smaller, the larger"
     assert rows["y", "1"]["n"] == 0 and math.isnan(rows["y", "1"]["mean"]) and rows["y", "1"]["unrated"] == 1
     assert rows[mtbench.OVERALL, "2"]["mean"] == 6 and rows[mtbench.OVERALL, "2"]["n"] == 3
     assert rows[mtbench.OVERALL, "both"]["n"] == 2 and math.isnan(rows["x", "1"]["difference"])
@@ -416,39 +409,32 @@ def test_several_models_side_by_side(run, tmp_path, judge_says):
     header = next(line for line in text.splitlines() if line.startswith("| Category"))
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["Category", "one", "two"]
     ratings = {"one": {}, "two": {}}
-    for row in rows_of(tmp_path, "judgments"):
-        ratings[row["model"]].setdefault(row["question_id"], []).append(row["rating"])
+    for model, found in ratings.items():
+        for row in rows_of(tmp_path, "judgments", model):
+            found.setdefault(row["question_id"], []).append(row["rating"])
     table = table_of(tmp_path)
     for model, found in ratings.items():
         mean = sum(map(sum, found.values())) / 8
         assert float(table[model, mtbench.OVERALL, "both"]["mean"]) == pytest.approx(mean)
     change = [sum(ratings["two"][q]) / 2 - sum(ratings["one"][q]) / 2 for q in ratings["one"]]
     assert float(table["two", mtbench.OVERALL, "both"]["difference"]) == pytest.approx(sum(change) / 4)
-    for name in ("mtbench.md", "mtbench.csv", "mtbench_answers.jsonl", "mtbench_judgments.jsonl"):
-        assert f"wrote {tmp_path / 'out' / name}" in out
+    assert f"wrote {tmp_path / 'out' / 'mtbench.md'} and .csv" in out
 
 
-def test_judge_at_an_endpoint(run, tmp_path, monkeypatch, models):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with ChatServer(answer=lambda body: "Fine. Rating: [[8]]") as server:
-        options = (
-            "--judge_model",
-            "served",
-            "--judge_endpoint",
-            server.url,
-            "--models",
-            f"m={models['plain']}",
-        )
-        code, _, err = run(*options)
-        assert code == 0, err
-        bodies = [body for *_, body in server.received if body["messages"][-1]["content"] != "Hello"]
-        assert len(bodies) == 8 and all(
-            body["temperature"] == 0 and body["max_tokens"] == 5 for body in bodies
-        )
-        assert all([m["role"] for m in body["messages"]] == ["system", "user"] for body in bodies)
-        asked = len(server.received)
-        assert run(*options)[0] == 0 and len(server.received) == asked, "all is there already"
-    assert [row["rating"] for row in rows_of(tmp_path, "judgments")] == [8] * 8
+def test_what_a_server_refuses_is_counted(run, tmp_path, judge_says, models, monkeypatch):
+    """Answers and judgments of engines that may refuse: None."""
+    judge_says(lambda request, temperature: "[[8]]")
+    complete = common.Local.complete
+
+    def refusing(self, chats, seeds, **sampling):
+        found = complete(self, chats, seeds, **sampling)
+        return [None if "1 + 1?" in chat[0]["content"] else one for chat, one in zip(chats, found, strict=True)]
+
+    monkeypatch.setattr(common.Local, "complete", refusing)
+    code, out, err = run()
+    assert code == 0 and "2 questions were refused" in err, err
+    assert [row["id"] for row in rows_of(tmp_path, "answers")] == [81, 82, 131]
+    assert table_of(tmp_path)["two", mtbench.OVERALL, "both"]["n"] == "3" and "| math" in out
 
 
 def test_a_judge_without_room_gives_null(run, tmp_path, models):
@@ -464,47 +450,49 @@ def test_self_judging_is_warned_of_and_a_template_without_system_works(run, mode
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     (tmp_path / "x.jinja").write_text(refuses + TEMPLATES["plain"])
     options = ("--judge_chat_template", tmp_path / "x.jinja", "--limit", 1)
-    code, _, err = run(*options)
+    code, _, err = run(*options, "--output_dir", tmp_path / "other")
     assert code == 2 and "the chat template refuses the conversation: no system" in err
-    code, _, err = run(*options, "--no-judge_system")
+    code, _, err = run(*options, "--no-judge_system", "--output_dir", tmp_path / "third")
     assert code == 0 and "judges itself" not in err, err
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Resume.
 
 
 def test_resume_ends_with_the_same_bytes(run, tmp_path, judge_says, monkeypatch):
     seen = judge_says(lambda request, temperature: f"[[{3 + len(request.prompt) % 5}]]")
-    names = ("mtbench_answers.jsonl", "mtbench_judgments.jsonl", "mtbench.md", "mtbench.csv")
+    names = ("mtbench_answers_two.jsonl", "mtbench_judgments_two.jsonl", "mtbench.md", "mtbench.csv")
     files = [tmp_path / "out" / name for name in names]
-    assert run("--batch_size", 1)[0] == 0
+    assert run("--batch_size", 2)[0] == 0
     whole = [file.read_bytes() for file in files]
     lines = whole[0].splitlines(keepends=True)
-    files[0].write_bytes(b"".join([*lines[:3], lines[7][:30]]))  # the last line was half written
+    files[0].write_bytes(b"".join([*lines[:2], lines[3][:30]]))  # the last line was half written
     files[1].write_bytes(b"".join(whole[1].splitlines(keepends=True)[2:7]))
     seen.clear()
-    assert run("--batch_size", 1)[0] == 0
-    assert [file.read_bytes() for file in files] == whole and len(seen) == 16 - 5
-    monkeypatch.setattr(common.LocalModel, "open", lambda self: pytest.fail("nothing is missing"))
+    assert run("--batch_size", 2)[0] == 0
+    assert [file.read_bytes() for file in files] == whole and 3 <= len(seen) <= 6, "only batches with a missing one"
+    monkeypatch.setattr(common.Local, "open", lambda self: pytest.fail("nothing is missing"))
     assert run()[0] == 0
     assert [file.read_bytes() for file in files] == whole
 
 
-def test_other_settings_are_other_rows(run, tmp_path, judge_says, models):
-    judge_says(lambda request, temperature: "[[5]]")
-    one = ("--models", f"one={models['plain']}")
+def test_another_judge_finds_the_answers_and_other_answers_are_refused(run, tmp_path, judge_says, models):
+    seen, one = judge_says(lambda request, temperature: "[[5]]"), ("--models", f"one={models['plain']}")
     assert run(*one)[0] == 0
-    assert run(*one, "--max_new_tokens", 7)[0] == 0
-    assert len(rows_of(tmp_path, "answers")) == 8 and len(rows_of(tmp_path, "judgments")) == 16
-    assert run(*one, "--judge_max_new_tokens", 6)[0] == 0
-    assert len(rows_of(tmp_path, "answers")) == 8 and len(rows_of(tmp_path, "judgments")) == 24
-    assert run(*one, "--limit", 1)[0] == 0
-    assert len(rows_of(tmp_path, "answers")) == 8, "a part of what is there needs nothing"
-    assert table_of(tmp_path)["one", mtbench.OVERALL, "1"]["n"] == "3"
-    before = rows_of(tmp_path, "judgments")
-    assert run(*one, "--overwrite")[0] == 0
-    assert sorted(row["key"] for row in rows_of(tmp_path, "judgments")) == sorted(r["key"] for r in before)
+    before = (tmp_path / "out" / "mtbench_answers_one.jsonl").read_bytes()
+    code, _, err = run(*one, "--judge_max_new_tokens", 6)
+    assert code == 2 and "was made with --judge_max_new_tokens 5, not 6" in err and "--overwrite" in err
+    code, _, err = run(*one, "--output_dir", tmp_path / "other")
+    assert code == 0 and (tmp_path / "other" / "mtbench_answers_one.jsonl").read_bytes() == before
+    code, _, err = run(*one, "--max_new_tokens", 7)
+    assert code == 2 and "was made with --max_new_tokens 6, not 7" in err
+    code, _, err = run(*one, "--limit", 1)
+    assert code == 2 and "--questions is another than when" in err
+    count = len(seen)
+    code, _, err = run("--models", f"one={models['plain']}", f"two={models['bos']}")
+    assert code == 0 and len(seen) == count + 8, "a further model: only its answers are new"
+    assert run(*one, "--overwrite", "--limit", 1)[0] == 0 and len(rows_of(tmp_path, "answers")) == 3
 
 
 def test_as_a_user_runs_it(tmp_path, models):
@@ -517,7 +505,7 @@ def test_as_a_user_runs_it(tmp_path, models):
         *("--judge_model", models["pad_eos"], "--max_new_tokens", 6, "--judge_max_new_tokens", 5),
     )
     assert done.returncode == 0, done.stderr
-    rows = rows_of(tmp_path, "judgments")
+    rows = rows_of(tmp_path, "judgments") + rows_of(tmp_path, "judgments", "two")
     assert len(rows) == 12 and all(isinstance(row["judgment"], str) for row in rows)
     unread = sum(row["rating"] is None for row in rows)
     assert re.search(rf"no rating in three tries \(null\) +{unread}\n", done.stdout)

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import report
-from conftest import run_script, scored_row, write_rows
+from conftest import browser_or_skip, run_script, scored_row, write_rows
 
 import common
 
-OBJECTIVES = [["Harmlessness", "does no <harm>"], ["Helpfulness", "does help"]]
+OBJECTIVES = ["harmlessness", "helpfulness"]
+WORDS = {"harmlessness": "does no <harm>", "helpfulness": "does help"}
 # by hand: det of a 1/27, b 400/3, c 0, d 16/27, e 0 (two points), f 16/27
 PROMPTS = {
     "a": ([[7, 6], [8, 5], [6, 8]], [9, 9]),  # kept
@@ -39,12 +40,11 @@ MADE_BY = {
 
 
 def write_record(folder: Path, stage: str, complete: bool = True, **arguments) -> None:
-    facts = (
-        {"model": "tiny-model", "objectives": OBJECTIVES} if stage != "01_sample" else {"model": "tiny-model"}
-    )
-    record = {"stage": stage, "args": arguments, "facts": facts, "versions": {"numpy": "9.9"}}
-    text = json.dumps(record | {"complete": complete})
-    (folder / f"{stage[:2]}_args.json").write_text(text, encoding="utf-8")
+    arguments = {"model": "tiny-model"} | arguments
+    if stage in ("02_score", "03_refine"):
+        arguments = {"objectives": OBJECTIVES, "constitution": WORDS} | arguments
+    record = {"stage": stage, "args": arguments, "earlier": {}, "versions": {"numpy": "9.9"}, "complete": complete}
+    (folder / f"{stage[:2]}_args.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def without(row: dict, *keys: str) -> dict:
@@ -150,7 +150,7 @@ def page(whole) -> Page:
     return page_of(whole)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Numbers.
 
 
@@ -304,8 +304,7 @@ def test_every_det_falls_into_its_bin(values):
 
 
 @pytest.mark.parametrize(
-    "values",
-    [[0], [3, 3], [0, 20], [0, 21], [0.1, 0.2, 0.30000000000000004], [5.5], [1e-9, 1e-8], [0.0, 1e6]],
+    "values", [[0], [3, 3], [0, 20], [0, 21], [0.1, 0.2, 0.30000000000000004], [5.5], [1e-9, 1e-8], [0.0, 1e6]]
 )
 def test_bins_hold_every_value(values):
     bins, ticks = report.bins_of(values)
@@ -370,10 +369,7 @@ def test_training(page):
     line = next(a["points"] for a in page.all("polyline"))
     points = np.array([[float(v) for v in point.split(",")] for point in line.split()])
     assert np.allclose(points[:, 0], [44 + 306 * step / 4 for step in range(1, 5)], atol=0.01)
-    assert (
-        np.allclose(np.diff(points[:, 1]), points[1, 1] - points[0, 1], atol=0.02)
-        and points[1, 1] > points[0, 1]
-    )
+    assert np.allclose(np.diff(points[:, 1]), points[1, 1] - points[0, 1], atol=0.02) and points[1, 1] > points[0, 1]
 
 
 def test_setting(page):
@@ -388,12 +384,9 @@ def test_judge(tmp_path, page):
     folder = make_run(tmp_path / "r", upto=1)
     unscored = page_of(folder)
     assert "Judgenot recorded" in unscored.sections["setting"] and unscored.cells("Means")["judge"] == ["–"]
-    facts = {"model": "tiny-model", "judge_model": "large-model", "objectives": OBJECTIVES}
-    (folder / "02_args.json").write_text(json.dumps({"facts": facts}), encoding="utf-8")
+    write_record(folder, "02_score", judge_model="large-model")
     judged = page_of(folder)
-    assert "Judgelarge-model" in judged.sections["setting"] and judged.cells("Means")["judge"] == [
-        "large-model"
-    ]
+    assert "Judgelarge-model" in judged.sections["setting"] and judged.cells("Means")["judge"] == ["large-model"]
     assert "Judgethe model itself" in page.sections["setting"]
 
 
@@ -420,7 +413,7 @@ def test_key_numbers(page):
     assert key["judge"] == ["tiny-model"] and key["training loss"] == ["spa"]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Runs that stopped, several runs, options.
 
 
@@ -469,6 +462,44 @@ def test_several_trainings_of_one_run(tmp_path):
     assert page.cells("Over a fixed set of held-out prompts (06_sft)")["loss"] == ["2.5", "1.25", "-1.25"]
 
 
+def test_the_page_s_own_training_gives_its_numbers_and_all_are_listed(tmp_path):
+    """FAULTS 25: 06_a stands before 06 in the alphabet, and is not what the page is about."""
+    folder = make_run(tmp_path / "r")
+    rows = [{name: 9.0 if name == "train/loss" else value for name, value in row.items()} for row in metrics_rows()]
+    write_rows(folder / "06_a_metrics.jsonl", rows[:3])
+    record = {"stage": "06_train", "args": {"loss": "simpo", "alpha": 3.0, "beta": 7.0}, "complete": True}
+    (folder / "06_a_args.json").write_text(json.dumps(record), encoding="utf-8")
+    page = page_of(folder)
+    key = page.cells("Means with")
+    assert key["training loss"] == ["spa"] and key["loss, before → after"] == ["2.5 → 1.25"] and key["steps"] == ["4"]
+    assert key["training loss (06_a)"] == ["simpo"] and key["steps (06_a)"] == ["2"]
+    assert "06_train.py (06_a)" in page.sections["setting"] and "beta=7.0" in page.sections["setting"]
+    assert page.sections["training"].index("06: 4 steps") < page.sections["training"].index("06_a: 2 steps")
+
+
+def test_three_objectives_and_prompts_of_several_turns(tmp_path):
+    rows = [
+        scored_row(f"p{i}", [[2, 5, 3], [4, 1 + i, 2], [3, 2, 6], [5, 5, 1]], [8, 9, 7])
+        | {"prompt": [{"role": "user", "content": "first"}, {"role": "assistant", "content": "so?"}, ask]}
+        for i, ask in enumerate([{"role": "user", "content": "and then"}, {"role": "user", "content": "go on"}])
+    ]
+    three = {"objectives": ["honesty", *OBJECTIVES]}
+    folder = make_run(tmp_path / "r", rows, upto=3)
+    for stage in ("02_score", "03_refine"):
+        write_record(folder, stage, **three)
+    for stage in ("04_denoise", "05_pairs"):
+        module = importlib.import_module(stage)
+        module.main(module.Args(run_dir=str(folder)))
+    page = page_of(folder)
+    assert page.cells("Mean score")[""][2:] == ["Honesty", "Harmlessness", "Helpfulness"]
+    assert page.cells("Mean score")["refined"][2:] == ["8.00 [8.00, 8.00]", "9.00 [9.00, 9.00]", "7.00 [7.00, 7.00]"]
+    assert page.cells("Mean over answers")["refined"][1:] == ["8.00", "9.00"]
+    assert "Of 3 objectives the first two are shown" in page.sections["scatter"]
+    assert "User: first" in page.sections["prompts"] and "User: go on" in page.sections["prompts"]
+    assert "Honesty 2, Harmlessness 5, Helpfulness 3" in page.sections["prompts"]
+    assert page.cells("From prompts")["kept"][0] == "2"
+
+
 def test_nothing_kept_and_no_pair(tmp_path):
     folder = make_run(tmp_path / "r", upto=3)
     stage = importlib.import_module("04_denoise")
@@ -485,7 +516,7 @@ def test_rows_of_other_makers_need_no_records(tmp_path):
     write_rows(tmp_path / "own" / "02_scores.jsonl", [scored_row("p", [[1, 2]], None) | {"id": 7}])
     page = page_of(tmp_path / "own")
     assert "Not there, so their stages' arguments are not known: 01_args.json" in page.sections["setting"]
-    assert page.cells("Mean score")[""][2:] == ["primary", "secondary"]
+    assert page.cells("Mean score")[""][2:] == ["objective 1", "objective 2"]
     assert page.cells("Mean score")["candidates"] == ["1", "1 of 1", "1.00 [–, –]", "2.00 [–, –]"]
 
 
@@ -542,8 +573,8 @@ def test_many_points_are_thinned(tmp_path, monkeypatch):
         (lambda f: (f / "02_scores.jsonl").write_text("{"), "02_scores.jsonl, line 1: broken JSON"),
         (lambda f: (f / "05_pairs.jsonl").write_text('{"id": 1}\n'), "05_pairs.jsonl, line 1: no 'chosen'"),
         (lambda f: (f / "06_metrics.jsonl").write_text("[]\n"), "line 1: a row of metrics with a 'step'"),
-        (lambda f: (f / "02_args.json").write_text("[]"), "02_args.json: not a stage's record"),
-        (lambda f: (f / "02_args.json").write_text('{"facts": {"objectives": 1}}'), "two [name, definition]"),
+        (lambda f: (f / "02_args.json").write_text("[]"), "02_args.json is no record of a stage"),
+        (lambda f: (f / "04_dropped.jsonl").write_text('{"id": 1}\n'), "line 1: not a row of 04_denoise.py"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, call, whole, change, words):
@@ -563,7 +594,7 @@ def test_bad_options_are_one_line(whole, tmp_path, call):
         assert code == 2 and words in errors and len(errors.strip().splitlines()) == 1
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Text is text.
 
 HOSTILE = (
@@ -591,9 +622,8 @@ def hostile_run(folder: Path) -> Path:
     make_run(folder, rows)
     arguments = {"model": HOSTILE[1], "n": HOSTILE[0]}
     write_record(folder, "01_sample", **arguments)
-    objectives = [[HOSTILE[1], HOSTILE[0]], [HOSTILE[2], HOSTILE[3]]]
-    record = {"args": {"rho": 30.0}, "facts": {"model": HOSTILE[3], "objectives": objectives}}
-    (folder / "05_args.json").write_text(json.dumps(record), encoding="utf-8")
+    objectives = {"objectives": [HOSTILE[1], HOSTILE[2]], "judge_model": HOSTILE[3]}
+    write_record(folder, "03_refine", **objectives, constitution={HOSTILE[1]: HOSTILE[0], HOSTILE[2]: HOSTILE[3]})
     dropped = [scored_row("odd", [[1, 1]], None) | {"reason": HOSTILE[0]}]
     write_rows(folder / "04_dropped.jsonl", dropped)
     return folder
@@ -612,10 +642,7 @@ def check_inert(text: str) -> Page:
     assert {tag for tag, _ in page.tags} <= set(KNOWN_TAGS.split())
     for tag, attributes in page.tags:
         for name, value in attributes.items():
-            assert not name.startswith("on") and name not in ("style", "src", "srcdoc", "xlink:href"), (
-                tag,
-                name,
-            )
+            assert not name.startswith("on") and name not in ("style", "src", "srcdoc", "xlink:href"), (tag, name)
             assert name != "href" or value.startswith("#") or (tag, value) == ("link", "data:,")
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
@@ -654,14 +681,12 @@ def test_page_is_made_for_phones_and_screen_readers(page):
     levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4", "h5")]
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), "no level is left out"
     for figure in page.all("svg"):
-        assert figure.get("aria-hidden") == "true" or (
-            figure["role"] == "img" and len(figure["aria-label"]) > 20
-        )
+        assert figure.get("aria-hidden") == "true" or (figure["role"] == "img" and len(figure["aria-label"]) > 20)
     for box in page.all("div"):
         assert box.get("class") != "scroll" or (box["tabindex"] == "0" and box["aria-label"])
 
 
-# ---------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # In a real browser.
 
 CONTRAST = """
@@ -691,10 +716,7 @@ return {
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium")
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (program and driver):
-        pytest.skip("no chromium with its chromedriver")
+    webdriver, program, driver = browser_or_skip()
     options = webdriver.ChromeOptions()
     options.binary_location = program
     for option in [
@@ -727,9 +749,7 @@ def open_page(browser, path: Path, width: int, scheme: str) -> None:
 def test_in_a_browser(browser, whole, tmp_path, kind):
     path = tmp_path / "page.html"
     folder = whole if kind == "whole" else hostile_run(tmp_path / "h")
-    report.main(
-        report.Args(runs=[f"one={folder}", f"{'very' * 30}long={folder}"], output=str(path), prompts=20)
-    )
+    report.main(report.Args(runs=[f"one={folder}", f"{'very' * 30}long={folder}"], output=str(path), prompts=20))
     for width, scheme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
         open_page(browser, path, width, scheme)
         browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -737,21 +757,13 @@ def test_in_a_browser(browser, whole, tmp_path, kind):
         assert wide == [width, width] or wide[0] <= wide[1] == width, "the page does not scroll sideways"
         assert browser.execute_script("return typeof pwned") == "undefined"
         contrast = browser.execute_script(CONTRAST)
-        assert contrast["words"] >= 4.5 and contrast["axes"] >= 4.5 and contrast["bars"] >= 3, (
-            scheme,
-            contrast,
-        )
+        assert contrast["words"] >= 4.5 and contrast["axes"] >= 4.5 and contrast["bars"] >= 3, (scheme, contrast)
         assert (contrast["ground"] < 0.05) == (scheme == "dark")
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in loaded if not name.startswith("data:")] == []
     assert browser.get_log("browser") == [], "no message on the console"
     # the style sheet is let in by its hash, and charts keep legible letters on a phone
     open_page(browser, path, 390, "light")
-    sizes = (
-        "const s = document.querySelector('figure > svg'); return s.getBoundingClientRect().width / 360 * 11"
-    )
+    sizes = "const s = document.querySelector('figure > svg'); return s.getBoundingClientRect().width / 360 * 11"
     assert browser.execute_script(sizes) > 9.5
-    assert (
-        browser.execute_script("return getComputedStyle(document.querySelector('.scroll')).overflowX")
-        == "auto"
-    )
+    assert browser.execute_script("return getComputedStyle(document.querySelector('.scroll')).overflowX") == "auto"
