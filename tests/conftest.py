@@ -1,8 +1,11 @@
-"""Tiny models and tokenizers, made here: the tests need no network and no real weights."""
+"""Tiny models and tokenizers, and the ways to run a stage: the tests need no network and no real weights."""
 
+import contextlib
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,18 +17,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_train")
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Three?"},
+]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,9 +43,10 @@ TEMPLATES = {
     "no_end": CHATML.replace("<|im_end|>", "|"),
     "default_system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
     "{% endif %}" + CHATML,
-    # drops what is in the prompt's turn once it is answered, as some thinking models' templates do
+    # opens a thought that the answered conversation does not have, as some thinking models' templates do
     "not_a_prefix": CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"),
     "ten_is_one": CHATML,
+    "long": CHATML,  # with a context of 4,096
 }
 
 
@@ -91,11 +96,11 @@ def make_model(vocab_size: int, seed: int = 0, context: int = 1024) -> LlamaForC
 
 
 def make_kind(kind: str, vocab_size: int, **options):
-    """A tiny random model of another kind than Llama ("gemma2", …), of the same sizes."""
+    """A tiny random model of another kind than Llama ("gemma2", …), of the same sizes; options in its own words."""
     sizes = make_model(vocab_size).config.to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
-    config = AutoConfig.for_model(kind, **{name: sizes[name] for name in names}, **options)
+    config = AutoConfig.for_model(kind, **({name: sizes[name] for name in names} | options))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -115,7 +120,7 @@ def tiny(tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"tiny_{kind}")
             tokenizer = make_tokenizer(kind)
             tokenizer.save_pretrained(folder)
-            make_model(len(tokenizer)).save_pretrained(folder)
+            make_model(len(tokenizer), context=4096 if kind == "long" else 1024).save_pretrained(folder)
             made[kind] = str(folder)
         return made[kind]
 
@@ -134,6 +139,9 @@ def call(monkeypatch, capsys):
             common.run_stage(module.main, module.Args)
         except SystemExit as stop:
             code = stop.code
+        for lock in common._LOCKS.values():  # a process of its own would have ended here
+            lock.close()
+        common._LOCKS.clear()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -144,6 +152,27 @@ def run_script(script: str, *arguments, **options) -> subprocess.CompletedProces
     """Runs a script of the kit as a user does, in a process of its own."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def browser_or_skip() -> tuple:
+    """(selenium's webdriver, Chromium, its driver); without them the test skips, but fails where CI is true."""
+    missing = "needs selenium, and Debian's chromium and chromium-driver"
+    programs = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
+    try:
+        from selenium import webdriver
+    except ImportError:
+        programs = []
+    if not programs or None in programs:
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    return webdriver, *programs
+
+
+@contextlib.contextmanager
+def refused(words: str):
+    """The block ends in a UserError that says `words`, in one line."""
+    with pytest.raises(common.UserError, match=re.escape(words)) as error:
+        yield error
+    assert "\n" not in str(error.value)
 
 
 def wait(condition) -> None:

@@ -21,7 +21,34 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _main(script: str, arguments: list[str], environment: dict[str, str], folder: str, limit: int | None):
+def kill_before(event: int, folder: str) -> None:
+    """SIGKILL to this process before its `event`-th file event in `folder`, from 1; half a write may be done."""
+    seen = 0
+
+    def count() -> bool:
+        nonlocal seen
+        seen += 1
+        return seen == event
+
+    def hook(name: str, details: tuple) -> None:
+        changes = ("os.rename", "os.remove", "os.mkdir", "os.truncate", "os.rmdir", "os.link", "os.symlink")
+        writes = name == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        here = any(str(detail).startswith(folder) for detail in details[:2])
+        locks = name == "fcntl.flock"  # it has no path
+        if (((writes or name in changes) and here) or locks) and count():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_written(descriptor: int, data, write=os.write) -> int:  # what no audit event tells of
+        if str(os.readlink(f"/proc/self/fd/{descriptor}")).startswith(folder) and count():
+            write(descriptor, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(descriptor, data)
+
+    os.write = half_written
+    sys.addaudithook(hook)
+
+
+def _main(script: str, arguments: list[str], environment: dict[str, str], folder: str, limit: int | None, kill: tuple):
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
@@ -36,6 +63,8 @@ def _main(script: str, arguments: list[str], environment: dict[str, str], folder
 
     huggingface_hub.constants.HF_HUB_OFFLINE = os.environ["HF_HUB_OFFLINE"] == "1"  # else read at import
     torch.set_num_threads(1)  # threads of the parent do not live on in a fork
+    if kill:
+        kill_before(*kill)
     sys.argv, sys.path[0] = [script, *arguments], str(ROOT)
     os.chdir(ROOT)
     code = 0
@@ -52,9 +81,12 @@ def _main(script: str, arguments: list[str], environment: dict[str, str], folder
 
 
 class Launch:
-    """`processes` copies of one script, as `accelerate launch` starts them; if one fails, all end."""
+    """`processes` copies of one script, as `accelerate launch` starts them; if one fails, all end.
 
-    def __init__(self, script, *arguments, processes: int = 1, limit: int | None = None, **environment):
+    limit: the largest file in bytes; kill: see `kill_before`.
+    """
+
+    def __init__(self, script, *arguments, processes=1, limit: int | None = None, kill: tuple = (), **environment):
         self.folder, self.running = tempfile.mkdtemp(), []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -66,7 +98,7 @@ class Launch:
                 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                 values = (rank, rank, processes, processes, "127.0.0.1", port)
                 own |= dict(zip(names, map(str, values), strict=True))
-            target = (str(ROOT / script), [*map(str, arguments)], own, f"{self.folder}/{rank}", limit)
+            target = (str(ROOT / script), [*map(str, arguments)], own, f"{self.folder}/{rank}", limit, kill)
             process = CONTEXT.Process(target=_main, args=target)
             process.start()
             self.running.append(process)

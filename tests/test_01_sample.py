@@ -1,0 +1,339 @@
+"""Stage 1: prompts from every kind of file and the known data sets, draws, and what is sampled."""
+
+import importlib
+import json
+from collections import Counter
+
+import datasets
+import pytest
+from conftest import CHAT, ROOT, read_rows, refused, write_rows
+
+import common
+
+sample = importlib.import_module("01_sample")
+SHARED = ROOT.parent / "shared" / "data"
+PROMPTS = [{"id": f"p{i}", "prompt": f"Question {i}: " + "is it safe? " * (i % 4 + 1)} for i in range(6)]
+
+
+def load(prompts, **options):
+    return sample.load_prompts(sample.Args(prompts=str(prompts), **options))
+
+
+# ------------------------------------------------------------------------------------ prompts
+
+ROWS = [{"prompt": "First, one?", "topic": "x"}, {"prompt": "Sécond 二?", "topic": "y"}]
+TEXTS = {
+    "json": json.dumps(ROWS, indent=1),
+    "jsonl": "\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS),
+    "lines.json": "\n".join(json.dumps(row) for row in ROWS),  # JSON Lines in a file named .json
+    "csv": 'topic,prompt\nx,"First, one?"\ny,Sécond 二?\n',
+    "txt": "First, one?\n\nSécond 二?\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", [*TEXTS, "parquet"])
+def test_every_kind_of_file_gives_the_same_prompts_and_ids(tmp_path, kind):
+    path = tmp_path / f"prompts.{kind}"
+    if kind == "parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(str(path))
+    else:
+        path.write_text(TEXTS[kind], encoding="utf-8")
+    prompts, dropped = load(path)
+    assert [row["prompt"] for row in prompts] == ["First, one?", "Sécond 二?"]
+    assert [row["id"] for row in prompts] == ["c2ed37b09eadc106", "df2befe1b3910e1b"]
+    assert dropped == {"empty": 0, "repeated": 0}
+
+
+def test_columns_ids_and_what_is_left_out(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{"id": 7, "question": "a"}, {"id": "b", "question": "c"}])
+    assert load(path, prompt_column="question")[0] == [{"id": "7", "prompt": "a"}, {"id": "b", "prompt": "c"}]
+    with refused("x.jsonl, line 1: no 'prompt' among id, question; name it with --prompt_column"):
+        load(path)
+    prompts, dropped = load(write_rows(tmp_path / "y.jsonl", [{"prompt": t} for t in ("a", " ", "a ", None, "b")]))
+    assert [row["prompt"] for row in prompts] == ["a", "b"] and dropped == {"empty": 2, "repeated": 1}
+
+
+def test_conversations_as_people_have_them(tmp_path):
+    """A prompt that is a list of messages, and rows of `messages`; several turns, a system message."""
+    rows = [{"messages": CHAT}, {"messages": CHAT}, {"messages": CHAT[1:2]}]
+    prompts, dropped = load(write_rows(tmp_path / "x.jsonl", rows))
+    assert [row["prompt"] for row in prompts] == [CHAT, CHAT[1:2]] and dropped["repeated"] == 1
+    assert load(write_rows(tmp_path / "y.jsonl", [{"prompt": CHAT, "id": 1}]))[0] == [{"id": "1", "prompt": CHAT}]
+    for chat in (CHAT[:3], CHAT[:1], [{"role": "user"}], [{"role": "user", "content": " "}], CHAT[1:2] + CHAT[:2]):
+        with refused("line 1, 'messages': 'prompt' must be text, or a list of"):
+            load(write_rows(tmp_path / "z.jsonl", [{"messages": chat}]))
+
+
+def test_a_larger_draw_keeps_the_smaller_one(tmp_path, capsys):
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": f"question {i}"} for i in range(50)])
+    small, large = (load(path, num_prompts=count)[0] for count in (10, 30))
+    assert large[:10] == small and len({row["id"] for row in large}) == 30
+    assert load(path, num_prompts=10, seed=1)[0] != small
+    path = write_rows(tmp_path / "y.jsonl", [{"prompt": f"question {i}"} for i in reversed(range(50))])
+    assert load(path, num_prompts=10)[0] == small, "the order of the file does not matter"
+    assert len(load(path, num_prompts=60)[0]) == 50 and "only 50 distinct prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.jsonl", None, "no such file"),
+        ("x.jsonl", '{"prompt": "a"}\n{"prompt": \n', "x.jsonl, line 2: broken JSON"),
+        ("x.jsonl", '{"id": 1, "prompt": "a"}\n\n{"id": 1, "prompt": "b"}\n', "line 3: id '1' again"),
+        ("x.jsonl", '["a"]\n', "line 1: an object with the prompt's column"),
+        ("x.jsonl", '{"prompt": ["a"]}\n', "line 1, 'prompt': 'prompt' must be text"),
+        ("x.jsonl", '{"prompt": "\\ud800"}\n', "surrogate"),
+        ("x.json", '[{"prompt": "a"},]', "broken JSON"),
+        ("x.json", '["a"]', "row 1: an object with the prompt's column"),
+        ("x.csv", 'prompt\n"a\n', "broken CSV"),
+        # FAULTS 20: half a prompt is none
+        ("x.csv", "id,prompt\n1,Tell me, please, how\n", "line 2: 4 fields where the header has 2; quote the prompt"),
+        ("x.csv", 'id,prompt\n1,"Tell\nme"\n2\n', "line 4: 1 fields where the header has 2"),
+        ("x.csv", "prompt,prompt\na,b\n", "the header has a name twice"),
+        ("x.parquet", "nothing", "not a readable Parquet file"),
+        ("x.xlsx", "nothing", "one of .json .jsonl .csv .parquet .txt"),
+        ("x.txt", b"one\ncaf\xe9\n", "not UTF-8; save the file as UTF-8"),
+        ("x.csv", b"prompt\ncaf\xe9\n", "broken CSV"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path, name, content, words):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with refused(words):
+        load(path)
+
+
+def test_a_folder_named_like_a_file_and_an_empty_table(tmp_path):
+    (tmp_path / "x.csv").mkdir()
+    datasets.Dataset.from_dict({"prompt": []}).to_parquet(str(tmp_path / "x.parquet"))
+    with refused("no such file"):
+        load(tmp_path / "x.csv")
+    with refused("not a readable Parquet file"):
+        load(tmp_path / "x.parquet")
+
+
+def test_split_column(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": "a", "split": "train"}, {"prompt": "b", "split": "test"}])
+    assert [row["prompt"] for row in load(path)[0]] == ["a"]
+    assert [row["prompt"] for row in load(path, split="test")[0]] == ["b"]
+    with refused("no rows of split 'dev' (it has: test, train)"):
+        load(path, split="dev")
+    with refused("no 'split' column"):
+        load(write_rows(tmp_path / "y.jsonl", [{"prompt": "a"}]), split="test")
+    path = write_rows(tmp_path / "z.jsonl", [{"prompt": "a", "split": 1}, {"prompt": "b", "split": 2}])
+    assert [row["prompt"] for row in load(path, split="1")[0]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "expected"),
+    [
+        ("saferlhf", "train", ("PKU-Alignment/PKU-SafeRLHF", "default", "train")),
+        ("saferlhf", "test", ("PKU-Alignment/PKU-SafeRLHF", "default", "test")),
+        ("wildguard", "train", ("allenai/wildguardmix", "wildguardtrain", "wildguardtrain")),
+        ("wildguard", "test", ("allenai/wildguardmix", "wildguardtest", "wildguardtest")),
+    ],
+)
+def test_hub_data_sets(monkeypatch, tmp_path, name, split, expected):
+    """Read through `datasets` from a small Parquet file with the data set's columns."""
+    columns = {
+        "saferlhf": {"prompt_source": "x", "response_0": "r", "is_response_0_safe": True},
+        "wildguard": {"adversarial": True, "response": None, "prompt_harm_label": "harmful"},
+    }[name]
+    path, asked = str(tmp_path / "x.parquet"), []
+    datasets.Dataset.from_list([{"prompt": f"{name} {i % 3}"} | columns for i in range(6)]).to_parquet(path)
+
+    def load_dataset(repository, configuration, split):
+        asked.append((repository, configuration, split))
+        return datasets.Dataset.from_parquet(path, cache_dir=str(tmp_path))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prompts, dropped = load(name, split=split)
+    assert asked == [expected] or asked == [(*expected[:2], split)]
+    assert [row["prompt"] for row in prompts] == [f"{name} {i}" for i in range(3)] and dropped["repeated"] == 3
+    assert load(f"{name}:{path}")[0] == prompts, "a downloaded file gives the same"
+
+
+def test_an_unreachable_data_set_says_what_to_do():
+    with refused("accept its terms on its hub page") as error:
+        load("wildguard")
+    assert "--prompts wildguard:FILE" in str(error.value)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real prompt sets are not beside the kit")
+def test_honeset_and_jailbreaktrigger_from_their_published_files():
+    train = load(f"honeset:{SHARED / 'HoneSet.json'}", num_prompts=400)[0]
+    test = load(f"honeset:{SHARED / 'HoneSet.json'}", split="test")[0]
+    assert len(train) == 400 and len(test) == 500
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    jailbreak, dropped = load(f"jailbreaktrigger:{SHARED / 'jailbreak_trigger_half.json'}", split="test")
+    assert len(jailbreak) + dropped["repeated"] + dropped["empty"] == 700 and len(jailbreak) > 600
+    with refused("pass --split test"):
+        load(f"jailbreaktrigger:{SHARED / 'jailbreak_trigger_half.json'}")
+    with refused("--prompts honeset:FILE"):
+        load("honeset")
+    assert load(SHARED / "HoneSet.json", prompt_column="instruction")[0]
+
+
+def test_our_own_prompts():
+    rows = {}
+    for name, least, topics in (("high_stakes", 96, 12), ("honesty", 48, 6)):
+        rows[name] = read_rows(ROOT / "data" / f"{name}.jsonl")
+        assert len(rows[name]) >= least and len({row["topic"] for row in rows[name]}) == topics
+        assert len({row["id"] for row in rows[name]}) == len(rows[name])
+        for split in ("train", "test"):
+            assert len({row["topic"] for row in rows[name] if row["split"] == split}) == topics
+    kinds = Counter(row["kind"] for row in rows["high_stakes"])
+    assert kinds["safe"] >= len(rows["high_stakes"]) / 3, kinds
+    everything = [row["prompt"].strip().lower() for group in rows.values() for row in group]
+    assert len(set(everything)) == len(everything) and all(everything)
+    if SHARED.exists():
+        files = [json.loads(file.read_text(encoding="utf-8")) for file in SHARED.glob("*.json")]
+        known = {str(row.get("prompt") or row.get("instruction")).strip().lower() for file in files for row in file}
+        assert len(known) > 1000 and not known & set(everything)
+
+
+def test_systems_depend_on_seed_id_and_number_alone():
+    draws = [sample.draw_systems(0, f"id{i}", 5, 0.5) for i in range(200)]
+    assert draws[7] == sample.draw_systems(0, "id7", 5, 0.5)
+    assert draws[7][:3] == sample.draw_systems(0, "id7", 3, 0.5), "more samples keep the first ones"
+    share = sum(system is not None for draw in draws for system in draw) / 1000
+    assert 0.45 < share < 0.55
+    assert set(sample.draw_systems(0, "a", 9, 0.0)) == {None}
+    assert set(sample.draw_systems(0, "a", 9, 1.0)) == {sample.HONEST_SYSTEM_PROMPT}
+
+
+# ------------------------------------------------------------------------------------ the stage
+
+
+@pytest.fixture
+def stage(call, tiny, tmp_path):
+    """stage(*options, rows=…, model=…) samples into a new folder: (exit code, output, errors, rows)."""
+    runs = iter(range(99))
+
+    def run(*options, rows=PROMPTS, model=None, run_dir=None):
+        run_dir = run_dir or tmp_path / f"run{next(runs)}"
+        prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+        fixed = ("--prompts", prompts, "--model", model or tiny(), "--run_dir", run_dir)
+        if "--max_new_tokens" not in options:
+            fixed += ("--max_new_tokens", 5)
+        code, out, err = call("01_sample", *fixed, *options)
+        path = run_dir / "01_samples.jsonl"
+        return code, out, err, read_rows(path) if path.exists() else None
+
+    return run
+
+
+def texts(rows):
+    return [[response["text"] for response in row["responses"]] for row in rows]
+
+
+def test_samples_depend_on_seed_id_and_number_alone(stage):
+    """Not on the batch, the memory, the other prompts, n, or the order of the file."""
+    _, out, _, five = stage("--n", 5)
+    assert "01 sample: " in out and "(cpu, float32)" in out and "6 prompts, 5 responses each" in out
+    assert "temperature 1, top_p 1, at most 5 tokens" in out
+    assert texts(stage("--n", 3)[3]) == [row[:3] for row in texts(five)]
+    assert stage("--n", 5, "--batch_size", 4)[3] == stage("--n", 5, "--cached_tokens", 300)[3] == five
+    assert stage("--n", 5, rows=PROMPTS[4:1:-1])[3] == five[4:1:-1]
+    assert texts(stage("--n", 5, "--seed", 1)[3]) != texts(five)
+    assert all(len(set(row)) == 1 for row in texts(stage("--n", 5, "--top_p", 0.01)[3]))
+
+
+def test_system_prompts_and_conversations(stage, tiny, monkeypatch):
+    """The honest system prompt comes before a conversation's own; what the model is asked is what is written."""
+    asked, encode = [], common.Local.encode
+    monkeypatch.setattr(common.Local, "encode", lambda self, chat: asked.append(chat) or encode(self, chat))
+    _, _, _, rows = stage("--n", 9, "--system_prob", 0.5, rows=[{"id": "c", "prompt": CHAT}, PROMPTS[0]])
+    systems = [r["system"] for row in rows for r in row["responses"]]
+    assert set(systems) == {None, sample.HONEST_SYSTEM_PROMPT} and rows[0]["prompt"] == CHAT
+    seen = {json.dumps(chat) for chat in asked}
+    honest = {"role": "system", "content": f"{sample.HONEST_SYSTEM_PROMPT}\n\nBe brief."}
+    assert seen == {
+        json.dumps(chat)
+        for chat in (CHAT, [honest, *CHAT[1:]], common.as_messages(PROMPTS[0]["prompt"].strip()),
+                     common.as_messages(PROMPTS[0]["prompt"].strip(), sample.HONEST_SYSTEM_PROMPT))
+    }  # fmt: skip
+
+
+def test_what_met_the_limit_says_so(stage):
+    """FAULTS 6: in the row, and as a warning with its share."""
+    _, out, err, rows = stage("--n", 3, "--max_new_tokens", 2)
+    cut = [r["truncated"] for row in rows for r in row["responses"]]
+    assert sum(cut) > 9 and f"warning: {sum(cut)} of 18 responses" in err and "06 will not teach an ending there" in err
+    assert all(set(r) == {"text", "system", "truncated"} for row in rows for r in row["responses"])
+    assert "responses: 18" in out and "tokens/s" in out and "next: python 02_score.py" in out
+
+
+def test_prompts_that_do_not_fit_are_left_out(stage):
+    long = {"id": "long", "prompt": "start " + "word " * 2000 + "the end?"}
+    code, out, _, rows = stage("--n", 3, rows=[*PROMPTS, long])
+    assert code == 0 and [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
+    assert "- too long for the context       1" in out
+    code, _, err, _ = stage("--n", 3, rows=[long])
+    assert code == 2 and "every prompt is too long for the context" in err
+
+
+def test_few_samples_when_asked_for(stage):
+    code, _, err, _ = stage("--n", 2)
+    assert code == 0 and "det Σ needs 3 responses or more" in err
+    code, _, err, rows = stage("--n", 1, "--temperature", 0)
+    assert code == 0 and len(rows[0]["responses"]) == 1
+    assert rows == stage("--n", 1, "--temperature", 0, "--seed", 5)[3], "greedy"
+
+
+def test_a_model_without_a_chat_template(stage, tiny, call, tmp_path):
+    code, _, err, _ = stage("--n", 3, model=tiny("no_template"))
+    assert code == 2 and "pass --chat_template FILE" in err
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}>")
+    run_dir = tmp_path / "own"
+    assert stage("--n", 3, "--chat_template", template, model=tiny("no_template"), run_dir=run_dir)[0] == 0
+    template.write_text("Gone")
+    assert call("02_score", "--run_dir", run_dir)[0] == 0, "the template's text is handed on to the next stage"
+
+
+def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage, tmp_path):
+    run_dir = tmp_path / "run"
+    _, _, _, rows = stage("--n", 3, run_dir=run_dir)
+    (run_dir / "01_samples.jsonl").write_text(common.dump_row(rows[2]))  # as a kill may leave it
+    record = json.loads((run_dir / "01_args.json").read_text())
+    (run_dir / "01_args.json").write_text(json.dumps(record | {"complete": False}))
+    code, _, err, again = stage("--n", 3, "--batch_size", 3, "--cached_tokens", 99, run_dir=run_dir)
+    assert code == 0 and again == rows, err
+    moved = write_rows(tmp_path / "elsewhere.jsonl", PROMPTS)
+    code, out, _, _ = stage("--n", 3, "--prompts", moved, run_dir=run_dir)
+    assert code == 0 and "is complete already; --overwrite redoes it" in out
+    code, _, err, _ = stage("--n", 3, rows=PROMPTS[:5], run_dir=run_dir)
+    assert code == 2 and "prompts is another than when 01_sample.py ran" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--n", 3, "--temperature", 0), "--temperature 0 gives 3 equal responses"),
+        (("--nn", 3), "unknown option --nn; did you mean --n?"),
+        (("--n", "three"), "invalid int value: 'three'"),
+        (("--n", 0), "--n 0: at least 1"),
+        (("--temperature", -1), "--temperature -1.0: at least 0"),
+        (("--top_p", 0), "--top_p 0.0: more than 0"),
+        (("--system_prob", 2), "a probability is wanted"),
+        (("--batch_size", 0), "--batch_size 0: at least 1"),
+        (("--cached_tokens", 0), "--cached_tokens 0: at least 1"),
+        (("--max_new_tokens", 4096), "leaves no room"),
+        (("--model", "no/such-model"), "model 'no/such-model' can't be loaded"),
+        (("--model", ""), "can't be loaded"),
+        (("--chat_template", "nowhere.jinja"), "no such file"),
+        (("--prompts", "nowhere.jsonl"), "no such file, nor one of saferlhf"),
+        (("--dtype", "int8"), "invalid choice"),
+        (("--seed", "x"), "invalid int value"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_nothing(stage, tmp_path, options, words):
+    code, _, err, rows = stage(*options, run_dir=tmp_path / "run")
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+    assert err.startswith("01_sample.py: error: ") and rows is None
+
+
+def test_a_huge_seed_is_a_seed(stage):
+    assert stage("--n", 3, "--seed", 10**30)[0] == 0
