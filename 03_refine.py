@@ -53,11 +53,12 @@ PRINCIPLES = "Answer so that your answer is as good as it can be on these points
 
 # What a model writes before its answer, and what it writes about the task instead of one.
 LEAD_IN = re.compile(
-    r"^(?:\W*(?:(?:sure|certainly|of course)[,.!]\s*)?(?:here(?:'s| is)\s+)?(?:(?:a|the|my)\s+)?(?:single\s+)?(?:"
-    r"refined|improved|better|new)\s+(?:response|answer)[^\n:]{0,80}:[\s*\"]*\n?|#+\s*(?:refined|improved)\s+(?:response|answer)\s*\n)",
+    r"^\W*(?:(?:sure|okay|certainly|absolutely|of course)\W+)?(?:here(?:['’]s| is)\s+(?:an?|the|my|your)\s+"
+    r"(?:single\s+)?(?:refined|improved|revised|better|new)\s+(?:response|answer|version)\b[^\n:]{0,80}:\**|"
+    r"(?:(?:the|my|an?)\s+)?(?:refined|improved|revised)\s+(?:response|answer)(?:\s+is)?\**[ \t]*(?::\**|\n))\s*",
     re.IGNORECASE,
 )
-FENCE = re.compile(r"^\s*<response[\w-]* \d+>\s*|\s*</response[\w-]* \d+>[\s\S]*$|^```\w*\n|\n```\s*$")
+FENCE = re.compile(r"^\s*<response[\w-]* \d+>\s*|</response[\w-]* \d+>[\s\S]*$|^```\w*\n|\n```\s*$")
 ABOUT_THE_TASK = re.compile(
     r"\b(?:original|candidate|existing|previous|provided|given|refined|first|second|third|two|three)\s+responses?\b"
     r"|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|\bthe instruction (?:is|asks|was)\b",

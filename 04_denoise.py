@@ -24,11 +24,16 @@ from common import EmptyResult, arg, check
 
 # The reasons to drop a prompt, in the order in which they are tried, and what to try if one has left nothing.
 REASONS = {
-    "unscored": "--score_mode constrained (02, 03), to see in what 02 and 03 printed why scores are null",
-    "inconsistent": "--score_mode expected (02, 03), more --attempts (03), more prompts, "
-    "a stricter --constitution since candidates are at 10 already, --no-consistency",
-    "det_zero": "--score_mode expected (02, 03), a larger --n (01), a smaller --det_min, --no-informativeness",
-    "det_above_rho": "a larger --rho, --no-informativeness",
+    "unscored": ["--score_mode constrained (02, 03)", "to see in what 02 and 03 printed why scores are null"],
+    "inconsistent": [
+        "--score_mode expected (02, 03)",
+        "more --attempts (03)",
+        "more prompts",
+        "--no-consistency",
+        "a stricter --constitution since candidates are at 10 already",
+    ],
+    "det_zero": ["--score_mode expected (02, 03)", "a larger --n (01)", "a smaller --det_min", "--no-informativeness"],
+    "det_above_rho": ["a larger --rho", "--no-informativeness"],
 }
 
 
@@ -145,7 +150,7 @@ def main(args: Args) -> None:
         mode = "expected" if made_03.get("scorer") else made_03.get("score_mode") or "json"
         pointless = [*modes[: modes.index(mode) + 1], "--attempts" if full == inconsistent else "--constitution"]
         pointless += ["--det_min"] * (args.det_min == 0)
-        tries = [what for what in REASONS[reason].split(", ") if not any(word in what for word in pointless)]
+        tries = [what for what in REASONS[reason] if not any(word in what for word in pointless)]
         raise EmptyResult(f"nothing is left; {dropped[reason]} of {total} fell to '{reason}': try {', '.join(tries)}")
     print(f"  det Σ: min {min(dets):.4g}, median {statistics.median(dets):.4g}, max {max(dets):.4g}")
     print(f"wrote {outputs[0]} and {outputs[1].name}\nnext: python 05_pairs.py --run_dir {args.run_dir}")

@@ -111,7 +111,9 @@ class JudgeArgs(ModelArgs):
     )  # fmt: skip
     with_instruction: bool | None = arg(None, "show the judge the prompt (ours, default); --no-…: Figure 9 verbatim")
     constitution: str | None = arg(None, 'JSON file {"helpfulness": "definition", …}: other words, further objectives')
-    scorer: str | None = arg(None, "FILE.py:function instead of a judge: (prompts, responses) -> [[a, b], …] (ours)")
+    scorer: str | None = arg(
+        None, "FILE.py:function for a judge: (prompts, responses) -> [[a, b], …] (ours)", free=True
+    )
     judge_model: str | None = arg(None, "another model as the judge (no self-alignment then)", free=True)
     judge_endpoint: str | None = arg(None, "URL of the judge's server; key: SPA_JUDGE_API_KEY", free=True)
     judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
@@ -450,7 +452,7 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         "complete": False,
     }
     there, way_out = [o for o in outputs if o.exists()], "choose another directory, or pass --overwrite to redo this"
-    old = {} if args.overwrite else read_record(path)
+    old = {} if args.overwrite or not there else read_record(path)  # where nothing is made nothing can differ
     if not old and not args.overwrite:
         check(not there, f"{there and there[0]} is there without {path.name}, so it is left alone; {way_out}")
     if old:
@@ -767,6 +769,9 @@ def generate(
             logits = read_tokens(model, cache, mask, tokens[:, None])
     whole = [row[-1] in ends for row in written]  # else cut off by the limit
     rows = [row[:-1] if ended else row for row, ended in zip(written, whole, strict=True)]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if odd := sum(not special.isdisjoint(row) for row in rows):
+        warn(f"{odd} of {len(rows)} answers have special tokens inside, which their texts leave out: is eos right?")
     texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
     return [Completion(text, len(row), not ended) for text, row, ended in zip(texts, written, whole, strict=True)]
 
@@ -1171,7 +1176,6 @@ class Server(Engine):
     chat template and would obey control tokens in a text, so they are broken; seeds bind if it keeps them.
     """
 
-    opened: typing.ClassVar[list] = []  # those of this process that have been asked
     with_logprobs = True  # False: only the chosen options count, and no further requests are made for the others
 
     def __init__(
@@ -1192,7 +1196,7 @@ class Server(Engine):
         fit = self.key.isascii() and self.key.isprintable() and " " not in self.key
         check(fit, f"${key_name} has characters that no HTTP header takes")
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self.client, self.stopped, self.lock = None, False, threading.Lock()
+        self.client, self.lock = None, threading.Lock()
         self.mode, self.has_logprobs, self.ways = None, False, {}  # how answers are held to a form: see `probe_form`
         self.refused, self.filtered, self.refusal = 0, 0, ""  # requests; the server's last words on one
         self.warned, self.length_name = set(), "max_tokens"
@@ -1257,7 +1261,6 @@ class Server(Engine):
             self.client = openai.AsyncOpenAI(
                 **options, http_client=Client(), timeout=openai.Timeout(None, connect=min(30.0, self.timeout))
             )
-            self.opened.append(self)
             self.run([self.find_model()])
             self.tokens_in, self.tokens_out, self.started = 0, 0, time.monotonic()
 
@@ -1399,7 +1402,7 @@ class Server(Engine):
                     raise self.explain(error) from None
                 except self.openai.APIConnectionError as error:
                     raise self.failed(error.__cause__ or error) from None
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     problem = f"no whole answer within {self.timeout:g} seconds"
                 except (self.openai.OpenAIError, ValueError) as error:  # an answer that is none
                     problem = error
@@ -1465,23 +1468,12 @@ class Server(Engine):
                 self.refused, self.refusal = self.refused + 1, str(refusal)
                 self.warn_once("refused", f"refuses a request: {refusal}")
 
-        if self.stopped:
-            for request in requests:
-                request.close()
-            raise UserError(f"{self.title} is asked no more")
         jobs = [asyncio.run_coroutine_threadsafe(one(request), self.loop) for request in requests]
         try:
             return [job.result() for job in jobs]
-        finally:  # where one fails or the user interrupts, the others are given up
+        finally:  # where one fails, or the user interrupts, the others are given up
             for job in jobs:
                 job.cancel()
-
-    @classmethod
-    def stop_all(cls) -> None:
-        """All servers of this process give up their requests (who waits gets a CancelledError) and take no more."""
-        for server in cls.opened:
-            server.stopped = True
-            server.loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks()])
 
     def defuse(self, text: str) -> str:
         """The text with a space in every control token that it spells, since a server would obey it."""
@@ -1741,10 +1733,11 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
     for name, value in {**defaults, "with_instruction": True}.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     objectives = load_objectives(args)
-    scorer = {"--scorer": Path(args.scorer.rpartition(":")[0])} if args.scorer else {}
-    for file in scorer.values():
-        check(file.is_file(), f"--scorer {args.scorer}: FILE.py:function is wanted; there is no file '{file}'")
-    return objectives, {"constitution": str(objectives), **scorer}
+    if not args.scorer:
+        return objectives, {"constitution": str(objectives)}
+    file, _, function = args.scorer.rpartition(":")
+    check(Path(file).is_file(), f"--scorer {args.scorer}: FILE.py:function is wanted; there is no file '{file}'")
+    return objectives, {"constitution": str(objectives), "--scorer": f"{digest(Path(file))}:{function}"}
 
 
 def judge_prompt(objectives, prompt, response: str, with_instruction: bool, template: str = JUDGE_TEMPLATE) -> str:
