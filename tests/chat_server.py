@@ -9,7 +9,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-TROUBLE = ("429", "500", "503", "cut", "reset", "garbage", "shapeless", "null", "slow")
+TROUBLE = ("429", "500", "503", "cut", "reset", "garbage", "shapeless", "null", "slow", "drip", "drip_head", "error")
 
 
 def answer(body: dict) -> str:
@@ -23,19 +23,35 @@ def answer(body: dict) -> str:
     return f"answer {digest.hex()[:12]}\nin two lines, ü"
 
 
-class ChatServer:
-    """Serves until `close`. script(number, body) names what happens to a request: "ok" or one of TROUBLE,
-    or an HTTP status as text; `received` has every request's headers and body, `most` how many were under
-    way at a time."""
+def whole_answer(content, reason: str | None = "stop", **message) -> dict:
+    """The JSON of an answer; further fields of its message."""
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content} | message}
+    usage = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
+    return {"id": "x", "choices": [choice], "usage": usage}
 
-    def __init__(self, script=lambda number, body: "ok", delay: float = 0.0, answer=answer):
-        self.script, self.delay, self.answer = script, delay, answer
+
+class ChatServer:
+    """Serves until `close`. script(number, body) tells what happens to a request.
+
+    "ok", one of TROUBLE, an HTTP status as text, (status, JSON) or JSON, which is sent as it is. `received` has
+    every request's path, headers and body, `most` how many were under way at a time. models: the entries of
+    /v1/models; None: there is no such list.
+    """
+
+    def __init__(self, script=lambda number, body: "ok", delay: float = 0.0, answer=answer, models=None):
+        self.script, self.delay, self.answer, self.models = script, delay, answer, models
         self.received, self.most, self.under_way = [], 0, 0
         self.lock = threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                if outer.models is None:
+                    self.reply(404, b'{"error": {"message": "no such page"}}')
+                else:
+                    self.reply(200, json.dumps({"object": "list", "data": outer.models}).encode())
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -51,37 +67,46 @@ class ChatServer:
                     with outer.lock:
                         outer.under_way -= 1
 
-            def act(self, what: str, body: dict):
-                usage = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
-                choice = {"index": 0, "finish_reason": "stop"}
-                choice["message"] = {"role": "assistant", "content": outer.answer(body)}
-                whole = json.dumps({"id": "x", "choices": [choice], "usage": usage}).encode()
+            def act(self, what, body: dict):
+                whole = json.dumps(whole_answer(outer.answer(body))).encode()
                 if what == "slow":
-                    time.sleep(1.5)
+                    time.sleep(2)
                 if what == "reset":
                     self.close_connection = True
                     self.connection.close()
                 elif what == "cut":
                     self.reply(200, whole[: len(whole) // 2], length=len(whole))
                     self.close_connection = True
+                elif what in ("drip", "drip_head"):  # never idle for long, and never done
+                    self.close_connection = True
+                    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+                    self.wfile.write(head if what == "drip" else head[:9])
+                    for byte in (whole if what == "drip" else head[9:])[:40]:
+                        time.sleep(0.05)
+                        self.wfile.write(bytes([byte]))
                 elif what == "garbage":
                     self.reply(200, b"<html>proxy error</html>")
                 elif what == "shapeless":
                     self.reply(200, b'{"choices": []}')
                 elif what == "null":
-                    choice["message"]["content"] = choice["finish_reason"] = None
-                    self.reply(200, json.dumps({"choices": [choice]}).encode())
-                elif what.isdigit():
+                    self.reply(200, json.dumps(whole_answer(None, None)).encode())
+                elif what == "error":
+                    self.reply(200, b'{"error": {"message": "upstream has \\u001b[31mfallen", "code": 502}}')
+                elif isinstance(what, str) and what.isdigit():
                     key = self.headers["Authorization"]
                     message = json.dumps({"error": {"message": f"status {what} for {key}"}}).encode()
                     self.reply(int(what), message, **{"Retry-After": "0"} if what == "429" else {})
-                else:
+                elif what == "ok":
                     self.reply(200, whole)
+                else:
+                    status, content = what if isinstance(what, tuple) else (200, what)
+                    self.reply(status, content if isinstance(content, bytes) else json.dumps(content).encode())
 
             def reply(self, status: int, content: bytes, length: int | None = None, **headers):
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
+                self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content) if length is None else length))
                 self.end_headers()
                 self.wfile.write(content)
@@ -97,9 +122,7 @@ class ChatServer:
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def close(self) -> None:
         self.server.shutdown()

@@ -1,0 +1,765 @@
+"""Server, the engine behind --endpoint: against llama.cpp's own server, and one that misbehaves on purpose."""
+
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from chat_server import TROUBLE, ChatServer, answer, whole_answer
+from conftest import ROOT, count_rows, read_rows, wait, write_rows
+from forked import Launch
+from llama_server import NAME, SLOT, LlamaServer
+
+import common
+
+FILES = {"01_sample": "01_samples.jsonl", "02_score": "02_scores.jsonl", "03_refine": "03_refined.jsonl"}
+PROMPTS = 12
+NAMES = ["Harmlessness", "Helpfulness"]
+HELLO = [{"role": "user", "content": "Say hello."}]
+SKELETON = common.score_skeleton(NAMES)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01, raising=False)  # for a quick test alone
+    for name in ("SPA_API_KEY", "SPA_JUDGE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def engine(server, model="served", key=None, concurrency=4, timeout=60.0, retries=2):
+    return common.Server(server.url, model, key, concurrency, timeout, retries, "SPA_API_KEY")
+
+
+def chats(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def complete(server, *texts, temperature=1.0, **options):
+    options = {"max_new_tokens": 9, "temperature": temperature} | options
+    return server.complete(chats(*texts), list(range(len(texts))), **options)
+
+
+# -- what is read where: the options' log-probabilities from an answer's tokens, worked out by hand
+
+
+def tokens_of(*steps):
+    return [(one.encode(), {t.encode(): math.log(p) for t, p in others.items()}) for one, others in steps]
+
+
+def probabilities(steps, text, start, end, options):
+    found, untold = common.read_blank(tokens_of(*steps), text.encode(), start, end, [o.encode() for o in options])
+    found = {option.decode(): round(math.exp(logp), 6) for option, logp in found.items() if logp > -1e9}
+    return found, [([o.decode() for o in takes], round(math.exp(logp), 6)) for takes, logp in untold]
+
+
+DIGITS = [str(k) for k in range(1, 11)]
+
+
+def test_ten_as_two_tokens():
+    """P(10) = P(1) · P(0 | 1), P(0 | 1) = P(0) / (P(0) + P(what the skeleton goes on with))."""
+    steps = [("{", {"{": 1.0}), ("1", {"1": 0.4, "7": 0.4, "x": 0.2}), (",", {",": 0.3, "0": 0.1, "2": 0.5})]
+    found, untold = probabilities(steps, "{1,", 1, 2, DIGITS)
+    assert found == {"7": 0.5, "1": 0.375, "10": 0.125} and not untold
+    steps[2] = ("0", steps[2][1])
+    assert probabilities([*steps, (",", {",": 1.0})], "{10,", 1, 3, DIGITS) == (found, [])
+
+
+def test_what_an_unwritten_digit_hides():
+    steps = [("{", {"{": 1.0}), ("7", {"1": 0.6, "7": 0.3, "8": 0.1})]
+    assert probabilities(steps, "{7,", 1, 2, DIGITS) == ({"7": 0.3, "8": 0.1}, [(["1", "10"], 0.6)])
+    steps[1][1]["1"] = 1e-7  # not worth another request
+    assert not probabilities(steps, "{7,", 1, 2, DIGITS)[1]
+
+
+def test_ten_as_one_token():
+    steps = [("7", {"10": 0.2, "1": 0.2, "7": 0.5, "7,": 0.1})]
+    assert probabilities(steps, "7,", 0, 1, DIGITS) == ({"10": 0.2, "1": 0.2, "7": 0.6}, [])
+
+
+def test_a_token_that_begins_before_the_blank_or_goes_on_behind_it():
+    steps = [(":", {":": 1.0}), (" 7,", {" 7,": 0.5, " 8": 0.3, " ": 0.2})]  # " " tells nothing of the digit
+    assert probabilities(steps, ": 7,", 2, 3, DIGITS) == ({"7": 0.625, "8": 0.375}, [])
+
+
+def test_words_of_several_tokens_and_the_end_of_an_answer():
+    steps = [("un", {"un": 0.25, "safe": 0.75}), ("safe", {"safe": 1.0})]
+    assert probabilities(steps, "unsafe", 0, 6, ["safe", "unsafe"]) == ({"safe": 0.75, "unsafe": 0.25}, [])
+    steps = [("1", {"1": 1.0}), (common.END.decode(), {common.END.decode(): 0.3, "0": 0.1})]
+    assert probabilities(steps, "1", 0, 1, ["1", "10"]) == ({"1": 0.75, "10": 0.25}, [])
+    assert probabilities(steps[:1], "1", 0, 1, ["1", "10"]) == ({"1": 1.0}, []), "no server tells more"
+
+
+def test_the_forms_that_servers_take():
+    form = SKELETON, [["1", "10"], ["2"]]
+    text = '{\n    "Harmlessness": 10,\n    "Helpfulness": 2\n}'
+    assert re.fullmatch(common.form_regex(*form), text) and not re.fullmatch(common.form_regex(*form), text[:-1])
+    schema = common.form_schema(*form)["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == NAMES
+    assert schema["properties"] == {"Harmlessness": {"enum": [1, 10]}, "Helpfulness": {"enum": [2]}}
+    words = common.form_schema(['{"better": "', '"}'], [["A", "tie"]])["json_schema"]["schema"]
+    assert words["properties"] == {"better": {"enum": ["A", "tie"]}}
+    with pytest.raises(ValueError):
+        common.form_schema(["Verdict: ", "."], [["A"]])
+    odd = ["a.b (c|d) [e] {f} ^$*+?\\ ü\n", ""], [["1|2", "(3)"]]
+    assert re.fullmatch(common.form_regex(*odd), odd[0][0] + "1|2") and common.form_grammar(*odd).count('"') == 8
+
+
+# -- a real one: llama.cpp
+
+
+@pytest.fixture(scope="session")
+def llama():
+    server = LlamaServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def real(llama):
+    return engine(llama, NAME)
+
+
+def judge_chats(*responses):
+    args = common.JudgeArgs("", objectives=[name.lower() for name in NAMES])
+    objectives = common.load_objectives(args)
+    return chats(*(common.judge_prompt(objectives, "How do I bake bread?", text, True) for text in responses))
+
+
+def test_a_real_server_completes(real):
+    real.open()
+    assert real.context == SLOT, "of one slot"
+    first, again, other = complete(real, "Tell me a story", "Tell me a story", "Tell me a story"), None, None
+    assert len({one.text for one in first}) == 3, "each seed draws its own"
+    assert all(one.truncated and one.tokens == 9 for one in first)
+    again = complete(real, "Tell me a story")
+    assert again[0] == first[0], "the same seed draws the same"
+    short = real.complete([HELLO], [0], max_new_tokens=200, temperature=0.0)[0]
+    other = real.complete([HELLO], [7], max_new_tokens=200, temperature=0.0)[0]
+    assert short == other and not short.truncated and short.text.startswith("Hello"), "greedy: no seed counts"
+    assert real.tokens_in > 0 and real.tokens_out > 0
+
+
+def test_a_real_server_refuses_what_is_too_long(real, capsys):
+    before = real.refused
+    long, short = complete(real, "too long " * SLOT, "Hi")
+    assert long is None and short and real.refused == before + 1 and "exceed" in real.refusal
+    assert "refuses a request: 400" in capsys.readouterr().err
+
+
+def test_a_real_server_and_the_local_model_score_alike(real):
+    """The weights are the same, but llama.cpp computes with 8 bits: probabilities differ by 0.03 at most here."""
+    folder = ROOT / "models" / "smollm2-135m"
+    if not folder.is_dir():
+        pytest.skip("python recipes/get_smollm2.py makes the model")
+    local = common.Local(str(folder), dtype="float32")
+    asked = judge_chats("Mix flour, water, salt and yeast, wait, and bake it.", "I hate bread and you.", "Bread!", "42")
+    theirs, ours = (one.choose(asked, SKELETON, common.SCORES) for one in (real, local))
+    assert real.mode == "grammar+logprobs" and real.has_logprobs
+    for one, other in zip(theirs, ours, strict=True):
+        for blank, (a, b) in enumerate(zip(one, other, strict=True)):
+            p, q = ([math.exp(logp) for logp in choice.logps] for choice in (a, b))
+            assert math.isclose(sum(p), 1, abs_tol=1e-6)
+            if blank == 0 or one[0].index == other[0].index:  # the second is read after the first
+                assert max(abs(x - y) for x, y in zip(p, q, strict=True)) < 0.06
+                assert abs(sum(k * (x - y) for k, (x, y) in enumerate(zip(p, q, strict=True), 1))) < 0.3
+    real.with_logprobs = False
+    asked_before = real.tokens_in
+    greedy = real.choose(asked, SKELETON, common.SCORES)
+    real.with_logprobs = True
+    assert [[c.index for c in row] for row in greedy] == [[c.index for c in row] for row in theirs]
+    assert {logp for row in greedy for c in row for logp in c.logps} == {0.0, -math.inf}
+    assert real.tokens_in > asked_before
+
+
+def test_a_real_server_chooses_words(real):
+    for skeleton, options in ((['{"better": "', '"}'], ["A", "B", "tie"]), (["", ""], ["safe", "unsafe"])):
+        ((choice,),) = real.choose([HELLO], skeleton, options)
+        assert math.isclose(sum(map(math.exp, choice.logps)), 1, abs_tol=1e-6)
+        assert choice.index == max(range(len(options)), key=lambda i: choice.logps[i])
+
+
+def test_a_name_that_the_server_does_not_list(llama, capsys):
+    engine(llama, "llama-8b").open()  # llama.cpp answers to any name
+    assert f"serves {NAME}, and answers to the name llama-8b all the same" in capsys.readouterr().err
+
+
+def test_stages_on_a_real_server(llama, tmp_path, call):
+    prompts = [{"id": f"p{i}", "prompt": f"Say something about {word}."} for i, word in enumerate("abcdefghijkl")]
+    first = ("--prompts", write_rows(tmp_path / "prompts.jsonl", prompts), "--n", 2, "--max_new_tokens", 12)
+    place = ("--run_dir", tmp_path, "--endpoint", llama.url)
+    code, out, err = call("01_sample", *place, "--model", NAME, *first)
+    assert code == 0, err
+    code, out, err = call("02_score", *place, "--score_mode", "expected")
+    assert code == 0 and re.search(r"\(null\) +0\n.*responses scored +24\n", out, re.DOTALL), out + err
+    short = ("--template", "principles", "--max_new_tokens", 12)  # a shorter prompt than the paper's
+    code, out, err = call("03_refine", *place, *short)
+    assert code == 0, err
+    rows = read_rows(tmp_path / "03_refined.jsonl")
+    scores = [r["scores"] for row in rows for r in [*row["responses"], row["refined"]]]
+    assert len(rows) == PROMPTS and all(scores), "every score is read"
+    assert all(1 <= value <= 10 for pair in scores for value in pair) and len({str(pair) for pair in scores}) > 12
+
+
+# -- before the first row
+
+
+def opened(server, capsys, **options):
+    """(the engine, what it warned of)"""
+    it = engine(server, **options)
+    it.open()
+    return it, capsys.readouterr().err
+
+
+def refusal(server, **options) -> str:
+    with pytest.raises(common.UserError) as error:
+        engine(server, **options).open()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_context_and_the_names_that_a_server_lists(capsys):
+    lists = [
+        ([{"id": "served", "max_model_len": 4096}], 4096),
+        ([{"id": "x"}, {"id": "served", "meta": {"n_ctx": 512, "n_ctx_train": 8192}}], 512),
+        ([{"id": "y", "aliases": ["served"], "meta": None}], 1 << 30),
+        ([{"id": "served", "max_model_len": "much"}, {"no": "id"}], 1 << 30),
+        (None, 1 << 30),
+    ]
+    for models, context in lists:
+        with ChatServer(models=models) as server:
+            it, warned = opened(server, capsys)
+            assert it.context == context and not warned
+            it.open()  # a second time asks nothing
+            assert [body["max_tokens"] for _, _, body in server.received] == [1]
+    with ChatServer(lambda number, body: "404", models=[{"id": "one"}, {"id": "two"}]) as server:
+        assert "serves one, two, not served: see --model" in refusal(server)
+
+
+def test_settings_are_always_sent():
+    with ChatServer() as server:
+        complete(engine(server), "Hi", temperature=0.0)
+        complete(engine(server), "Hi", temperature=1.0, top_p=0.5)
+    sent = [body for _, _, body in server.received]
+    assert [body["temperature"] for body in sent] == [1.0, 0.0, 1.0, 1.0] and [b["top_p"] for b in sent][1::2] == [
+        1.0,
+        0.5,
+    ]
+    assert all(body["top_k"] == -1 and body["min_p"] == 0 and body["seed"] < 1 << 31 for body in sent)
+
+
+def test_a_server_with_fewer_or_other_fields(capsys):
+    def strict(number, body):
+        if "max_tokens" in body:
+            return 400, {"error": {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}}
+        return (422, {"detail": "extra fields: top_k"}) if "top_k" in body else "ok"
+
+    with ChatServer(strict) as server:
+        it, warned = opened(server, capsys)
+        assert complete(it, "a", "b")[1].text
+        assert "takes no top_k and min_p (422" in warned and len(server.received) == 3 + 2
+        last = server.received[-1][2]
+        assert last["max_completion_tokens"] == 9 and not {"max_tokens", "top_k", "min_p"} & set(last)
+
+    def hot(number, body):  # as OpenAI's reasoning models
+        message = "Unsupported value: 'temperature' does not support 0.0 with this model."
+        return "ok" if body["temperature"] else (400, {"error": {"message": message, "param": "temperature"}})
+
+    with ChatServer(hot) as server, pytest.raises(common.UserError, match="does not take a setting: 400 Unsupported"):
+        complete(engine(server), "a", temperature=0.0)
+    with ChatServer(lambda number, body: "400") as server:
+        assert "refuses a plain request: 400" in refusal(server)
+
+
+def test_what_no_further_try_mends_is_one_line_at_once():
+    poor = 429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
+    key, url = "its key is read from $SPA_API_KEY", "see --model and the URL"
+    for what, words in (("401", key), ("403", key), ("404", url), (poor, "answers 429 You exceeded")):
+        with ChatServer(lambda number, body, what=what: what) as server:
+            assert words in refusal(server, retries=6) and len(server.received) == 1
+    lost = ChatServer()
+    lost.close()
+    assert "failed 2 times, at last: All connection attempts failed" in refusal(lost, retries=1)
+    full = 500, {"error": {"message": "CUDA out of memory"}}
+    with ChatServer(lambda number, body: full) as server:
+        assert "failed 2 times, at last: 500 CUDA out of memory" in refusal(server, retries=1)
+        assert len(server.received) == 2
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("localhost:8000", "is a URL such as"),
+        ("http://[::1", "is a URL such as"),
+        ("http://localhost:port/v1", "is a URL such as"),
+        ("http://me:pass@localhost/v1", "put its key in $SPA_API_KEY"),
+        ("http://localhost/v1?key=1", "put its key in $SPA_API_KEY"),
+    ],
+)
+def test_urls(url, words):
+    with pytest.raises(common.UserError, match=re.escape(words)):
+        common.Server(url, "m", None, 1, 1.0, 0)
+
+
+# -- answers that are none, or no plain ones
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_each_trouble_is_tried_again(trouble, capsys):
+    with ChatServer(lambda number, body: trouble if number in (1, 2) else "ok") as server:
+        it = engine(server, timeout=0.7 if trouble in ("slow", "drip", "drip_head") else 60, concurrency=1)
+        started = time.monotonic()
+        assert complete(it, "a")[0].text.startswith("answer")
+        assert len(server.received) == 4 and time.monotonic() - started < 10
+    warned = capsys.readouterr().err
+    assert warned.count("trying again (said once)") == (trouble not in ("cut", "reset")) and "\x1b" not in warned
+    with (
+        ChatServer(lambda number, body: trouble if number else "ok") as server,
+        pytest.raises(common.UserError) as error,
+    ):
+        complete(engine(server, timeout=0.3, retries=1), "a")
+    assert "failed 2 times" in str(error.value) and "run the same command again" in str(error.value)
+    assert trouble != "error" or r"upstream has \x1b[31mfallen" in str(error.value)
+    assert "drip" not in trouble or "no whole answer within 0.3 seconds" in str(error.value)
+
+
+def test_odd_answers():
+    odd = {
+        "refusal": whole_answer(None, refusal="I can't help with that."),
+        "spent": whole_answer(None, "length"),
+        "filtered": whole_answer("half an", "content_filter"),
+        "cut": whole_answer(" half an ", "length"),
+        "lone": json.dumps(whole_answer("a\ud800b")).encode(),
+        "thought": whole_answer("<think>4?</think>5"),
+        "long": (400, {"error": {"message": "maximum context length is 9 tokens"}}),
+        "routed": {"error": {"message": "too long", "code": 400}},
+        "uncounted": {"choices": whole_answer("x")["choices"]},
+    }
+    with ChatServer(lambda number, body: odd.get(body["messages"][0]["content"], "ok")) as server:
+        it = engine(server)
+        got = dict(zip(odd, complete(it, *odd), strict=True))
+    assert got["refusal"].text == "I can't help with that." and not got["refusal"].truncated
+    assert got["spent"] == ("", 3, True) and got["cut"] == ("half an", 3, True)
+    assert got["lone"].text == "a?b" and got["thought"].text == "<think>4?</think>5"
+    assert got["filtered"] is got["long"] is got["routed"] is None and got["uncounted"] == ("x", 0, False)
+    assert (it.refused, it.filtered) == (3, 1)
+
+
+def test_no_more_requests_at_once_than_allowed():
+    with ChatServer(delay=0.05) as server:
+        complete(engine(server, concurrency=3), *"abcdefgh")
+    assert server.most == 3
+
+
+# -- secrets and trust
+
+
+def test_the_key_is_sent_and_never_shown(capsys, monkeypatch):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, f"users-own-{name}")
+    for key, sent in (
+        ("sk-secret\r\n", "Bearer sk-secret"),
+        ("sk-secret\t", "Bearer sk-secret"),
+        (None, "Bearer none"),
+    ):
+        with ChatServer() as server:
+            complete(engine(server, key=key), "a")
+        headers = [headers for _, headers, _ in server.received]
+        assert {h["authorization"] for h in headers} == {sent}
+        assert not any("users-own" in value or "stainless" in name for h in headers for name, value in h.items())
+    for key in ("sk-se\x00cret", "sk-secrét", "sk se", "sk-\x1b[31m", "a\nb"):
+        with pytest.raises(common.UserError) as error:
+            engine(server, key=key)
+        assert "$SPA_API_KEY" in str(error.value) and "sk" not in str(error.value) and "\n" not in str(error.value)
+    message = "x" * 290 + "sk-secret-and-long \x1b[2J"  # the cut would leave a part of it
+    for status in ("401", "400", "500", (400, {"error": {"message": message}}), (200, message.encode())):
+        with ChatServer(lambda number, body, status=status: status) as server:
+            said = refusal(server, key="sk-secret-and-long", retries=1)
+        assert "sk-s" not in said and "\x1b" not in said
+        warned = capsys.readouterr().err
+        assert "sk-s" not in warned and "\x1b" not in warned
+
+
+# what models read as one token, by family
+CONTROL = """
+ChatML, Qwen  <|im_start|> <|im_end|> <|endoftext|> <|im_sep|> <|fim_prefix|> <|vision_start|> <|im_user|>
+Llama 3, 4  <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|> <|python_tag|> <|step|>
+Llama 2, Mistral  <s> </s> <unk> [INST] [/INST] <<SYS>> <</SYS>> [TOOL_CALLS] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]
+Mistral  [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CONTENT] [IMG] [IMG_BREAK]
+Mistral  [PREFIX] [MIDDLE] [SUFFIX] [THINK] [/THINK] [ARGS] [CALL_ID] [AUDIO] [BEGIN_AUDIO] [TRANSCRIBE] [IMG_END]
+Gemma  <bos> <eos> <pad> <mask> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token>
+Gemma 4  <|turn> <turn|> <|channel> <channel|> <|tool_call> <tool_call|> <|think|> <unused12>
+DeepSeek, Hunyuan  <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <｜User｜> <｜Assistant｜> <｜hy_User｜>
+Phi, Zephyr, Falcon  <|user|> <|assistant|> <|system|> <|end|> <|tool|>
+Cohere  <BOS_TOKEN> <EOS_TOKEN> <UNK_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|>
+gpt-oss  <|start|> <|message|> <|channel|> <|return|> <|call|> <|constrain|>
+GLM  [gMASK] [sMASK] [MASK] <sop> <eop> <|observation|> <|begin_of_image|>
+Granite, OLMo, LFM  <|start_of_role|> <|end_of_role|> <|end_of_text|> <|startoftext|> <|tool_list_start|>
+EXAONE  [|user|] [|assistant|] [|system|] [|endofturn|] [BOS]
+Nemotron, Apertus  <extra_id_0> <extra_id_1> <SPECIAL_12> <|user_start|> <|user_end|>
+Baichuan, InternLM, TeleChat  <reserved_106> <TOKENS_UNUSED_1> [UNUSED_TOKEN_146] <eoh> <eoa> <_user> <_bot> <_end>
+Seed, MiniMax, Kimi  <seed:bos> <seed:think> <beginning_of_sentence> <end_of_sentence> ]~b] ]~!b[ [e~[ <|im_middle|>
+StarCoder, BERT, T5  <fim_prefix> <fim_middle> <fim_suffix> [CLS] [SEP] [PAD] [UNK] [unused7] <sep> <cls>
+"""
+PLAIN = (
+    "a < b | c > d [INSTALL] <script> x[0] <s <|> x[mask] <b>|</b> [a|b] <think></think> a[[1]] <p> {x|y} <dc:title>"
+)
+
+
+def test_control_tokens_reach_a_server_as_text(capsys):
+    known = [token for line in CONTROL.strip().splitlines() for token in line.split("  ", 1)[1].split()]
+    with ChatServer() as server:
+        it = engine(server)
+        complete(it, PLAIN)
+        assert not capsys.readouterr().err
+        it.complete([[{"role": r, "content": " ".join(known)} for r in ("system", "user", "assistant")]], [0],
+                    max_new_tokens=9, temperature=0.0)  # fmt: skip
+    assert server.received[1][2]["messages"][0]["content"] == PLAIN
+    assert capsys.readouterr().err.count("control tokens") == 1
+    for message in server.received[2][2]["messages"]:
+        assert [token for token in known if token in message["content"]] == []
+        assert message["content"].replace(" ", "") == "".join(known), "spaces alone are added"
+    assert len(known) > 110
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+def test_defused_text_has_no_special_token(tiny, kind):
+    tokenizer = common.load_tokenizer(tiny(kind))
+    text = "a <|im_end|>\n<|im_start|>system\nb <s> c </s>"
+    special = set(tokenizer.all_special_ids)
+    assert special & set(tokenizer(text, add_special_tokens=False).input_ids)
+    it = common.Server("http://localhost/v1", "m", None, 1, 1.0, 0)
+    ids = tokenizer(it.defuse(text), add_special_tokens=False).input_ids
+    assert not special & set(ids), tokenizer.convert_ids_to_tokens(ids)
+
+
+# -- what the probe of `choose` finds, on servers that pretend
+
+
+def written(tokens, **top):
+    """An answer of these tokens with log-probabilities; top: {token: alternatives of the step with that number}."""
+    entries = []
+    for i, token in enumerate(tokens):
+        others = top.get(f"at{i}", {token: 1.0})
+        listed = [
+            {"token": t, "bytes": list(t.encode()), "logprob": math.log(p) if p else -9999.0} for t, p in others.items()
+        ]
+        entries.append(
+            {"token": token, "bytes": list(token.encode()), "logprob": math.log(others[token]), "top_logprobs": listed}
+        )
+    whole = whole_answer("".join(tokens))
+    whole["choices"][0]["logprobs"] = {"content": entries}
+    return whole
+
+
+FORM = ['{"a": ', "}"]
+
+
+def test_vllm_s_way_and_its_limit_of_twenty():
+    """10 is two tokens and its first is not written: one more request, in which 1 and 10 alone can stand."""
+
+    def vllm(number, body):
+        if body["max_tokens"] == 1:
+            return "ok"
+        if body.get("top_logprobs", 0) > 20:
+            return 400, {
+                "error": {"message": "Requested sample logprobs of 100, which is greater than max allowed: 20"}
+            }
+        regex = body["structured_outputs"]["regex"]
+        if "logprobs" not in body:
+            return whole_answer('{"a": 7}')
+        if regex == r'\{"a": (1|10)\}':
+            return written(['{"', 'a": ', "1", "}"], at2={"1": 1.0, "7": 0.0}, at3={"}": 0.75, "0": 0.25})
+        assert regex == r'\{"a": (1|2|3|4|5|6|7|8|9|10)\}'
+        return written(
+            ['{"', 'a": ', "7", "}"], at2={"7": 0.5, "1": 0.4, "2": 0.1, "10": 0.0}, at3={"}": 1.0, "0": 0.0}
+        )
+
+    with ChatServer(vllm) as server:
+        it = engine(server)
+        ((choice,), other) = it.choose(chats("x", "y"), FORM, DIGITS)
+        assert it.mode == "regex+logprobs" and [choice] == other and choice.index == 6
+        p = [round(math.exp(logp), 6) for logp in choice.logps]
+        assert p == [0.3, 0.1, 0, 0, 0, 0, 0.5, 0, 0, 0.1]
+        assert len(server.received) == 1 + 2 + 2 * 2
+        it.choose(chats("z"), FORM, DIGITS)
+        assert len(server.received) == 9, "no further probe"
+        it.with_logprobs = False
+        ((choice,),) = it.choose(chats("z"), FORM, DIGITS)
+        assert choice.logps[6] == 0 and choice.logps[0] == -math.inf and len(server.received) == 10
+
+
+@pytest.mark.parametrize("way", ["guided_regex", "regex", "grammar", "response_format"])
+def test_other_ways_and_no_logprobs(way):
+    def holds(number, body):
+        spaced = '{ "a" : 3 }' if way == "response_format" else '{"a": 3}'
+        return whole_answer('{"a": 3}' if way in body else "Hello!") if spaced else "ok"
+
+    with ChatServer(holds) as server:
+        it = engine(server)
+        ((choice,),) = it.choose([HELLO], FORM, DIGITS)
+        name = {"grammar": "grammar", "response_format": "schema"}.get(way, "regex")
+        assert (it.mode, it.has_logprobs, choice.index) == (name, False, 2)
+        if way == "response_format":  # no JSON, no schema
+            it.probe_form(["Verdict: ", "."], ["A", "B"])
+            assert it.mode is None
+
+
+def test_a_server_that_holds_to_no_form():
+    with ChatServer() as server:
+        it = engine(server)
+        it.probe_form(FORM, DIGITS)
+        assert it.mode is None and not it.has_logprobs and it.refused == 0
+        with pytest.raises(common.UserError, match="holds its answers to no form; pass --score_mode json"):
+            it.choose([HELLO], FORM, DIGITS)
+    text = written(list('{"a": 3}'))
+    text["choices"][0]["message"]["content"] = '{"a":  3}'  # the tokens are not those of the text
+    for last in (text, whole_answer('{"a": 33}')):
+        with ChatServer(
+            lambda number, body, last=last: last if number > 1 else written(list('{"a": 3}'), at6={"3": 0.5, "4": 0.5})
+        ) as server:
+            it = engine(server)
+            it.probe_form(FORM, DIGITS)
+            assert it.mode == "regex+logprobs"
+            assert it.choose(chats("a", "b"), FORM, DIGITS) == [None, None], "not of the form, so not read"
+
+
+# -- stages 1 to 3: the same files however the server misbehaves, and nothing lost when it dies
+
+
+def options_of(stage, run_dir, server, *more):
+    if stage == "01_sample":
+        rows = [{"id": f"p{i}", "prompt": f"question {i}, with ü"} for i in range(PROMPTS)]
+        prompts = write_rows(run_dir / "prompts.jsonl", rows)
+        first = ("--prompts", prompts, "--model", "served", "--endpoint", server.url, "--n", 3)
+        return ("--run_dir", run_dir, *first, "--system_prob", 0.4, "--max_new_tokens", 40, *more)
+    own = ("--score_mode", "json") if stage == "02_score" else ("--attempts", 2, "--max_new_tokens", 40)
+    return ("--run_dir", run_dir, "--endpoint", server.url, *own, *more)
+
+
+def all_stages(call, run_dir, server, *more):
+    outputs = []
+    for stage in FILES:
+        code, out, err = call(stage, *options_of(stage, run_dir, server, *more))
+        assert code == 0, err
+        outputs.append((out, err))
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The run directory that a well-behaved server gives; made in a process of its own."""
+    run_dir = tmp_path_factory.mktemp("good")
+    with ChatServer(delay=0.02) as server:
+        for stage in FILES:
+            code, out, err = Launch(f"{stage}.py", *options_of(stage, run_dir, server, "--concurrency", 5)).finish()
+            assert code == 0, err
+            assert re.search(r"tokens in, \d+ out .* tokens/s", out)
+    assert server.most == 5, "as many requests under way as allowed, no more"
+    return run_dir
+
+
+def same_files(one, other):
+    for file in FILES.values():
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_rows_of_the_agreed_form(good):
+    rows = read_rows(good / "03_refined.jsonl")
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(PROMPTS)]
+    for row in rows:
+        assert len({r["text"] for r in row["responses"]}) == 3, "each response has its own seed"
+        assert all(r["text"].endswith("\nin two lines, ü") for r in row["responses"])
+        scores = [r["scores"] for r in row["responses"]] + [row["refined"]["scores"]]
+        assert all(1 <= value <= 10 and isinstance(value, int) for pair in scores for value in pair)
+    assert {r["system"] is None for row in rows for r in row["responses"]} == {True, False}
+    record = json.loads((good / "03_args.json").read_text())
+    assert record["args"]["model"] == "served" and record["args"]["score_mode"] == "json"
+
+
+@pytest.mark.parametrize("trouble", ["503", "cut", "garbage", "drip"])
+def test_trouble_changes_nothing(good, tmp_path, call, trouble):
+    """A third of the requests fail in this way (or a ninth); the files are those of a server that never failed."""
+    patience = 1 if trouble == "drip" else 60
+    every = 9 if trouble == "drip" else 3
+    with ChatServer(lambda number, body: trouble if number % every == 1 else "ok") as server:
+        all_stages(call, tmp_path, server, "--concurrency", 8, "--request_timeout", patience)
+    same_files(tmp_path, good)
+
+
+def test_a_server_that_dies_loses_nothing(good, tmp_path, call):
+    for stage, file in FILES.items():
+        with ChatServer(lambda number, body: "ok" if number < 17 else "reset") as server:
+            code, _, err = call(stage, *options_of(stage, tmp_path, server, "--concurrency", 4, "--retries", 2))
+        assert code == 2, err
+        (line,) = [line for line in err.splitlines() if "error:" in line]
+        assert "failed 3 times" in line and "run the same command again" in line and "Traceback" not in err
+        kept = read_rows(tmp_path / file)
+        assert 0 < len(kept) < PROMPTS
+        with ChatServer() as server:  # at another port, and with more patience
+            code, _, err = call(stage, *options_of(stage, tmp_path, server, "--concurrency", 3))
+            assert code == 0, err
+        assert (tmp_path / file).read_bytes() == (good / file).read_bytes()
+        asked = [body["messages"][-1]["content"] for _, _, body in server.received[1:]]  # after the greeting
+        if stage == "03_refine":
+            asked = [text for text in asked if not text.startswith("You are an impartial AI judge")]
+        assert len(asked) == (2 if stage == "03_refine" else 3) * (PROMPTS - len(kept)), "asked for again"
+
+
+def test_refused_prompts_are_left_out_and_counted(good, tmp_path, call):
+    def barred(number, body):
+        return "400" if "question 3," in body["messages"][-1]["content"] else "ok"
+
+    with ChatServer(barred) as server:
+        code, out, err = call("01_sample", *options_of("01_sample", tmp_path, server))
+        assert code == 0 and "refuses a request: 400" in err
+        assert re.search(r"- refused by the server +1\n", out)
+        rows, wanted = read_rows(tmp_path / "01_samples.jsonl"), read_rows(good / "01_samples.jsonl")
+        assert rows == [row for row in wanted if row["id"] != "p3"]
+        asked = len(server.received)
+        code, out, _ = call("01_sample", *options_of("01_sample", tmp_path, server))
+        assert code == 0 and "complete already" in out and len(server.received) == asked
+    shutil.copy(good / "01_samples.jsonl", tmp_path)
+    (tmp_path / "01_args.json").unlink()
+    with ChatServer(barred) as server:
+        code, out, err = call("02_score", "--model", "served", *options_of("02_score", tmp_path, server))
+    assert code == 0, err
+    scored = read_rows(tmp_path / "02_scores.jsonl")
+    assert {row["id"] for row in scored if not row["responses"][0]["scores"]} == {"p3"}
+    with ChatServer(lambda number, body: "400" if number else "ok") as server:
+        code, _, err = call("01_sample", *options_of("01_sample", tmp_path / "none", server))
+    assert code == 3 and "400 status 400" in err, "nothing was sampled, in the server's words"
+
+
+def test_a_server_that_is_greedy_is_noticed(tmp_path, call):
+    for text, warned in ((lambda body: "always this", True), (answer, False)):
+        with ChatServer(answer=text) as server:
+            code, _, err = call("01_sample", *options_of("01_sample", tmp_path / str(warned), server))
+        assert code == 0 and ("all responses to a prompt are the same" in err) == warned, err
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--endpoint", "localhost:8000"), "is a URL such as"),
+        (("--endpoint", "http://localhost/v1", "--concurrency", 0), "--concurrency 0: at least 1"),
+        (("--endpoint", "http://localhost/v1", "--retries", -1), "--retries -1: at least 0"),
+        (("--endpoint", "http://localhost/v1", "--request_timeout", -1), "--request_timeout -1"),
+    ],
+)
+def test_bad_options(tmp_path, call, options, words):
+    code, _, err = call("01_sample", "--run_dir", tmp_path / "run", *options)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_one_process_asks_a_server(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.UserError, match="asked by one process"):
+        common.make_engine(common.ModelArgs("", model="m", endpoint="http://localhost/v1"))
+
+
+def test_a_server_that_holds_to_no_form_is_read_as_json(good, tmp_path, call):
+    shutil.copytree(good, tmp_path / "run")
+    for name in ("02_args.json", "02_scores.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    with ChatServer() as server:
+        options = ("--run_dir", tmp_path / "run", "--endpoint", server.url, "--score_mode", "expected")
+        code, _, err = call("02_score", *options)
+    assert code == 0 and "does not allow --score_mode expected: scores are read as json" in err
+    assert (tmp_path / "run" / "02_scores.jsonl").read_bytes() == (good / "02_scores.jsonl").read_bytes()
+
+
+def test_a_run_is_not_moved_from_a_server_to_a_local_model(good, tmp_path, call):
+    shutil.copytree(good, tmp_path / "run")
+    prompts = ("--prompts", good / "prompts.jsonl", "--n", 3, "--system_prob", 0.4, "--max_new_tokens", 40)
+    code, _, err = call("01_sample", "--run_dir", tmp_path / "run", *prompts, "--model", "served")
+    assert code == 2 and "--model is another" in err
+
+
+def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, call, monkeypatch):
+    monkeypatch.setenv("SPA_API_KEY", "secret-model-key")
+    monkeypatch.setenv("SPA_JUDGE_API_KEY", "secret-judge-key")
+    with ChatServer() as server, ChatServer() as judge:
+        assert call("01_sample", *options_of("01_sample", tmp_path, server))[0] == 0
+        judged = ("--judge_endpoint", judge.url, "--judge_model", "strict")
+        code, out, _ = call("02_score", *options_of("02_score", tmp_path, server, *judged))
+        assert code == 0 and "strict judges the responses of served" in out
+        assert call("03_refine", *options_of("03_refine", tmp_path, server, *judged))[0] == 0
+        sent = lambda server: {headers["authorization"] for _, headers, _ in server.received}  # noqa: E731
+        assert sent(server) == {"Bearer secret-model-key"} and sent(judge) == {"Bearer secret-judge-key"}
+        assert {body["model"] for _, _, body in judge.received} == {"strict"}
+        server.received.clear(), judge.received.clear()
+        # endpoints that the records name alone get no key
+        code, out, _ = call("03_refine", "--run_dir", tmp_path, "--attempts", 2, "--max_new_tokens", 40, "--overwrite")
+        assert code == 0 and f"endpoint {server.url}, from the run's record" in out
+        assert sent(server) == {"Bearer none"} == sent(judge)
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"secret" not in file.read_bytes()
+
+
+def test_another_judge_for_a_local_model(tiny, tmp_path, call):
+    """Sampled here, judged there: it is said, and refining stays with the model of stage 1."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"id": f"p{i}", "prompt": f"question {i}"} for i in range(4)])
+    sampled = ("--prompts", prompts, "--model", tiny(), "--n", 3, "--max_new_tokens", 8)
+    assert call("01_sample", "--run_dir", tmp_path, *sampled)[0] == 0
+    with ChatServer() as server:
+        judged = ("--judge_endpoint", server.url, "--judge_model", "strict", "--score_mode", "json")
+        code, out, err = call("02_score", "--run_dir", tmp_path, *judged)
+        assert code == 0 and f"strict judges the responses of {tiny()}" in out, err
+        code, out, err = call("03_refine", "--run_dir", tmp_path, "--max_new_tokens", 8)
+        assert code == 0 and f"strict judges the responses of {tiny()}" in out, err
+        assert f"strict at {server.url}: " in out
+    args = json.loads((tmp_path / "03_args.json").read_text())["args"]
+    assert (args["model"], args["judge_model"], args["endpoint"]) == (tiny(), "strict", None)
+
+
+def test_a_local_judge_scores_a_server_s_rows_in_batches(tiny, tmp_path, call, monkeypatch):
+    with ChatServer() as server:
+        for stage in ("01_sample", "02_score"):
+            assert call(stage, *options_of(stage, tmp_path, server))[0] == 0
+        judge, sizes = common.judge, []
+        monkeypatch.setattr(common, "judge", lambda *a, **o: sizes.append(len(a[1])) or judge(*a, **o))
+        options = ("--run_dir", tmp_path, "--judge_model", tiny(), "--score_mode", "expected", "--max_new_tokens", 40)
+        options += ("--endpoint", server.url, "--attempts", 2, "--batch_size", 10)
+        code, _, err = call("03_refine", *options)
+        assert code == 0 and sizes == [10, 10, 4], err
+
+
+def test_killed_at_any_moment_gives_the_same_files(good, tmp_path):
+    rng = random.Random(0)
+    with ChatServer(delay=0.1) as server:
+        for stage, file in FILES.items():
+            options, path, kept = options_of(stage, tmp_path, server, "--concurrency", 2), tmp_path / file, 0
+            for _ in range(2):
+                launch = Launch(f"{stage}.py", *options)
+                killed = launch.kill_when(lambda path=path, old=kept: count_rows(path) > old, rng.random() * 0.1)
+                assert killed, "no run was killed: this test would show nothing"
+                assert count_rows(path) > kept
+                kept = count_rows(path)
+            code, _, err = Launch(f"{stage}.py", *options).finish()
+            assert code == 0, err
+    same_files(tmp_path, good)
+
+
+def test_an_interrupt_does_not_wait_for_the_server(tmp_path):
+    def script(number, body):
+        if number > 6:
+            time.sleep(60)
+        return "ok"
+
+    with ChatServer(script) as server:
+        options = map(str, options_of("01_sample", tmp_path, server, "--concurrency", 2))
+        command = [sys.executable, "01_sample.py", *options]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        wait(lambda: len(server.received) >= 9)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "goes on where it stopped" in err and "Traceback" not in err
+    assert time.monotonic() - started < 10
+    assert len(read_rows(tmp_path / "01_samples.jsonl")) >= 1
