@@ -8,7 +8,9 @@ Loading, tokenizing and saving are not timed; peak memory is the whole process's
     writes  nothing but what it prints: a table with medians and ratios
     run     python bench/train_vs_trl.py
 
-Responses are random words of the prompts' own, of about 13 to 70 tokens: speed does not depend on the words.
+Responses are random words of the prompts' own: speed does not depend on the words. Their lengths are drawn between the
+two numbers of --tokens; "150 300" is what a model writes, "13 70" what padding and prompts weigh most in. With
+--prompts 8 there are two optimizer steps, so that the optimizer's state counts in the peak memory of both.
 """
 
 from __future__ import annotations
@@ -41,37 +43,38 @@ class Args:
     model: str = arg(common.DEFAULT_MODEL, "model to train")
     prompts: int = arg(4, "prompts in the data, each trained on once")
     batch_size: int = arg(4, "prompts per optimizer step, for both")
+    tokens: list[int] = arg(None, "fewest and most tokens of a response; several pairs of numbers: one race each")
+    responses: list[int] = arg(None, "responses a prompt (default: 4 6, which is n = 3 and n = 5)")
     repeats: int = arg(3, "runs of each; the medians count")
-    trl_batches: str = arg(
-        "1,3,6", "TRL's per_device_train_batch_size: each is tried once, the fastest races"
-    )
-    tokens_per_batch: int = arg(1024, "stage 6's")
+    trl_batches: str = arg("1,3,6", "TRL's per_device_train_batch_size: each is tried once, the fastest races")
+    tokens_per_batch: int | None = arg(None, "stage 6's")
     device_threads: int = arg(2, "threads of torch on a CPU")
     seed: int = arg(0, "seed of the responses")
     worker: str | None = arg(None, "used by the script itself", ("compare", "spa", "trl"))
     folder: str | None = arg(None, "used by the script itself")
 
 
-def make_pairs(responses: int, args: Args) -> list[dict]:
-    """Rows of 05_pairs.jsonl: all pairs of `responses` answers to each prompt, the earlier one preferred."""
-    rng = random.Random(args.seed)
-    prompts = [
-        json.loads(line)["prompt"] for _, line in common.read_lines(ROOT / "data" / "high_stakes.jsonl")
-    ]
+def make_pairs(responses: int, least: int, most: int, args: Args) -> list[dict]:
+    """Rows of 05_pairs.jsonl: all pairs of `responses` answers to each prompt, the earlier one preferred.
+
+    An answer has `least` to `most` tokens of the model's tokenizer, to within a word.
+    """
+    rng, tokenizer = random.Random(args.seed), common.load_tokenizer(args.model)
+    prompts = [json.loads(line)["prompt"] for _, line in common.read_lines(ROOT / "data" / "high_stakes.jsonl")]
     words = re.findall(r"\w+", " ".join(prompts))
+
+    def answer() -> str:
+        length, text = rng.randint(least, most), rng.choice(words)
+        while len(tokenizer(text).input_ids) < length:
+            text += " " + rng.choice(words)
+        return text
+
     pairs = []
     for number, prompt in enumerate(rng.sample(prompts, args.prompts)):
-        answers = [" ".join(rng.choices(words, k=rng.randint(10, 50))) for _ in range(responses)]
-        pairs += [
-            {
-                "id": f"p{number}",
-                "prompt": [{"role": "user", "content": prompt}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-                "gap": 1,
-            }
-            for chosen, rejected in itertools.combinations(answers, 2)
-        ]
+        for chosen, rejected in itertools.combinations([answer() for _ in range(responses)], 2):
+            row = {"id": f"p{number}", "prompt": common.as_messages(prompt), "gap": 1}
+            sides = (("chosen", chosen), ("rejected", rejected))
+            pairs.append(row | {side: [{"role": "assistant", "content": text}] for side, text in sides})
     return pairs
 
 
@@ -122,9 +125,7 @@ def make_trainer(pairs: list[dict], batch: int, args: Args):
         disable_tqdm=True,
         seed=args.seed,
     )
-    return CPOTrainer(
-        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    return CPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
 def work_trl(pairs: list[dict], batch: int, args: Args) -> dict:
@@ -153,13 +154,11 @@ def work_spa(pairs: list[dict], args: Args) -> dict:
     options |= {"batch_size": args.batch_size, "tokens_per_batch": args.tokens_per_batch, "save_steps": 0}
     train.main(train.Args(**options, overwrite=True))
     record = json.loads((Path(args.folder) / "06_args.json").read_text())
-    return {"seconds": record["facts"]["speed"]["seconds"], "memory": peak_memory()}
+    return {"seconds": record["speed"]["seconds"], "memory": peak_memory()}
 
 
 def work_compare(pairs: list[dict], args: Args) -> dict:
     """Loss and gradient of the same pairs by both; TRL takes them in parts, for it keeps all logits."""
-    import functools
-
     from accelerate import Accelerator
 
     train = importlib.import_module("06_train")
@@ -174,14 +173,12 @@ def work_compare(pairs: list[dict], args: Args) -> dict:
 
     accelerator, model = Accelerator(cpu=True), common.load_model(args.model, "float32", "cpu")
     tokenizer = common.load_tokenizer(args.model)
-    options = train.Args(
-        loss="simpo", beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO, tokens_per_batch=args.tokens_per_batch
-    )
-    groups, _ = train.group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), options)
+    options = {"loss": "simpo", "beta": BETA, "gamma_beta_ratio": GAMMA_BETA_RATIO, "run_dir": args.folder}
+    options = train.Args(**options, tokens_per_batch=args.tokens_per_batch or 1536)
+    rows = train.read_pairs(Path(args.folder) / "05_pairs.jsonl", False)
+    groups, _ = train.group_pairs(tokenizer, rows, common.end_token_ids(tokenizer, model), options)
     train.set_weights(groups, options, None)
-    for group in groups:
-        group["rows"] = train.share_prompts(group, model.config.hidden_size, args.tokens_per_batch)
-    model.forward = functools.partial(train.response_logps, model)
+    train.prepare(accelerator, model, options)
     sums = train.backward_step(accelerator, model, groups, options, len(pairs))
     ours = dict(model.named_parameters())
     check(ours.keys() == gradient.keys(), "the models differ")
@@ -192,32 +189,25 @@ def work_compare(pairs: list[dict], args: Args) -> dict:
 
 def run_worker(kind: str, folder: Path, args: Args, batch: int = 1) -> dict:
     """Runs this script as a worker in a process of its own; returns what it measured."""
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        kind,
-        "--folder",
-        str(folder),
-        "--trl_batches",
-        str(batch),
-    ]
+    command = [sys.executable, __file__, "--worker", kind, "--folder", str(folder), "--trl_batches", str(batch)]
     for name in ("model", "prompts", "batch_size", "tokens_per_batch", "device_threads", "seed"):
-        command += [f"--{name}", str(getattr(args, name))]
+        value = getattr(args, name)
+        command += [f"--{name}", str(value)] if value is not None else []
     environment = os.environ | {"OMP_NUM_THREADS": str(args.device_threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     check(done.returncode == 0, f"the worker '{kind}' failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def race(responses: int, args: Args) -> None:
+def race(responses: int, least: int, most: int, args: Args) -> None:
     """Compares, races and prints for one number of responses a prompt."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pairs = make_pairs(responses, args)
+        pairs = make_pairs(responses, least, most, args)
         (folder / "05_pairs.jsonl").write_text("".join(map(common.dump_row, pairs)), encoding="utf-8")
         per_prompt = len(pairs) // args.prompts
-        print(f"\n{responses} responses, {per_prompt} pairs a prompt, {args.prompts} prompts, {args.model}")
+        title = f"{responses} responses of {least} to {most} tokens, {per_prompt} pairs a prompt"
+        print(f"\n{title}, {args.prompts} prompts, {args.model}", flush=True)
         same = run_worker("compare", folder, args)
         off = abs(same["spa"] / same["trl"] - 1)
         print(f"  loss: stage 6 {same['spa']:.7f}, TRL {same['trl']:.7f}, relative difference {off:.1e}")
@@ -228,7 +218,8 @@ def race(responses: int, args: Args) -> None:
         check(bool(batches), f"none of --trl_batches {args.trl_batches} divides the {step} pairs of a step")
         tries = {batch: run_worker("trl", folder, args, batch) for batch in batches}
         for batch, result in tries.items():
-            print(f"  TRL at batch {batch}: {len(pairs) / result['seconds']:.2f} pairs/s", flush=True)
+            rate = len(pairs) / result["seconds"]
+            print(f"  TRL at batch {batch}: {rate:.2f} pairs/s, peak {result['memory']:.2f} GiB", flush=True)
         best = min(batches, key=lambda batch: tries[batch]["seconds"])
         results = {"spa": [], "trl": []}
         for _ in range(args.repeats):
@@ -254,11 +245,12 @@ def main(args: Args) -> None:
             result = {"spa": work_spa, "compare": work_compare}[args.worker](pairs, args)
         print(json.dumps(result))
         return
-    check(
-        importlib.util.find_spec("trl") is not None, "trl is not installed: python -m pip install trl==1.16.0"
-    )
-    for responses in (4, 6):
-        race(responses, args)
+    check(importlib.util.find_spec("trl") is not None, "trl is not installed: python -m pip install trl==1.16.0")
+    tokens = args.tokens or [13, 70, 150, 300]
+    check(len(tokens) % 2 == 0, f"--tokens {tokens}: pairs of numbers are wanted")
+    for least, most in zip(tokens[::2], tokens[1::2], strict=True):
+        for responses in args.responses or [4, 6]:
+            race(responses, least, most, args)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,22 @@
-"""Runs a script with FSDP2 or ZeRO-3 over gloo: only accelerate wants GPUs for them, sharding does not."""
+"""Runs a script with FSDP2 over gloo: only accelerate wants GPUs for it, sharding does not."""
 
-import os
 import runpy
 import sys
 
 from accelerate import DistributedType, state
 
 original = state.AcceleratorState.__init__
-DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def patched(self, *args, fsdp_plugin=None, **options):
-    if DEEPSPEED:
-        options["cpu"] = False
     original(self, *args, fsdp_plugin=fsdp_plugin, **options)
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-        state.PartialState._shared_state["distributed_type"] = (
-            DistributedType.FSDP
-        )  # every new state copies it
+        state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every new state copies it
         if self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
 
 state.AcceleratorState.__init__ = patched
-if DEEPSPEED:
-    state.PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

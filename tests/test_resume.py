@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT, count_rows, read_rows, write_rows
 from forked import Launch
-from test_train import make_pairs
+from test_06_train import make_pairs
 
 import common
 
@@ -24,25 +24,14 @@ def make_run(folder):
 
 
 def start(run_dir, model, *options, kind="one process", **limits):
-    script = ["06_train.py"]
-    environment = {}
-    if kind in ("FSDP2", "ZeRO-3"):  # what accelerate launch makes of the file
-        name = "fsdp" if kind == "FSDP2" else "zero3"
-        settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    script, environment = ["06_train.py"], {}
+    if kind == "FSDP2":  # what accelerate launch makes of the file
+        settings = yaml.safe_load((ROOT / "configs" / "fsdp.yaml").read_text())
         script = ["tests/sharded_on_cpu.py", "06_train.py"]
-        if kind == "FSDP2":
-            environment = {key.upper(): str(value).lower() for key, value in settings["fsdp_config"].items()}
-            environment |= {"ACCELERATE_USE_FSDP": "true"}
-            for key in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE"):
-                environment[key] = environment[key].upper()
-        else:
-            pytest.importorskip("deepspeed")
-            environment = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-            environment |= {
-                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
-                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-            }
-            environment |= {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+        environment = {key.upper(): str(value).lower() for key, value in settings["fsdp_config"].items()}
+        environment |= {"ACCELERATE_USE_FSDP": "true"}
+        for key in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE"):
+            environment[key] = environment[key].upper()
     arguments = ["--run_dir", run_dir, "--model", model, *OPTIONS, *options]
     processes = 1 if kind == "one process" else 2
     return Launch(*script, *arguments, processes=processes, **limits, **environment)
@@ -54,12 +43,10 @@ def kill_after(launch, metrics_file, rows, wait=0.0) -> bool:
 
 
 def result_of(run_dir):
-    return (run_dir / "06_model" / "model.safetensors").read_bytes(), (
-        run_dir / "06_metrics.jsonl"
-    ).read_bytes()
+    return (run_dir / "06_model" / "model.safetensors").read_bytes(), (run_dir / "06_metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["one process", "DDP", "FSDP2", "ZeRO-3"])
+@pytest.mark.parametrize("kind", ["one process", "DDP", "FSDP2"])
 def test_killed_runs_end_like_a_whole_one(tiny, tmp_path, kind):
     whole, killed = make_run(tmp_path / "whole"), make_run(tmp_path / "killed")
     options = (tiny(), "--eval_fraction", "0.2", "--loss", "dpo", "--beta", "0.1")
@@ -83,9 +70,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tiny, tmp_path):
     assert start(whole, *options).finish()[0] == 0
     reached = kills = 0
     for attempt in range(12):
-        kills += kill_after(
-            start(killed, *options), killed / "06_metrics.jsonl", reached + 3, 0.003 * attempt
-        )
+        kills += kill_after(start(killed, *options), killed / "06_metrics.jsonl", reached + 3, 0.003 * attempt)
         saved = [int(p.name) for p in (killed / "06_checkpoints").glob("[0-9]*")]
         assert not saved or max(saved) >= reached, "a checkpoint is lost"
         reached = max(saved, default=reached)
@@ -106,14 +91,6 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path):
     assert saved.exists() and not list((full / "06_checkpoints").glob(".*"))
     assert start(full, tiny()).finish()[0] == 0
     assert result_of(full) == result_of(whole)
-
-
-def test_no_room_is_said_before_training(tiny, call, tmp_path, monkeypatch):
-    run_dir = make_run(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
-    assert code == 2 and "are free: make room, or --save_steps 0" in err
-    assert not (run_dir / "06_metrics.jsonl").exists()
 
 
 def interrupt(monkeypatch, step):
@@ -156,3 +133,56 @@ def test_overwrite_starts_over(tiny, call, tmp_path, monkeypatch):
     code, out, _ = call(*command, "--overwrite")
     assert code == 0 and "going on" not in out
     assert [row["step"] for row in read_rows(run_dir / "06_metrics.jsonl")] == [*range(19), 18]
+
+
+def stopped(tiny, call, tmp_path, monkeypatch):
+    """(run directory, command) of a run that stopped in step 7, after its checkpoint of step 4."""
+    run_dir = make_run(tmp_path)
+    command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert "stopped by the test" in call(*command)[2]
+    return run_dir, command
+
+
+def test_stray_files_beside_a_checkpoint_are_left_alone(tiny, call, tmp_path, monkeypatch):
+    run_dir, command = stopped(tiny, call, tmp_path, monkeypatch)
+    (run_dir / "06_checkpoints" / "000099").write_text("a file with the name of a step")
+    (run_dir / "06_checkpoints" / "0notes").mkdir()
+    (run_dir / "06_checkpoints" / ".DS_Store").write_text("")
+    code, out, err = call(*command)
+    assert code == 0 and "going on from step 4" in out, err
+    left = {path.name for path in (run_dir / "06_checkpoints").iterdir()}
+    assert left == {"000099", "0notes", ".DS_Store"}, "only the stage's own folders go"
+
+
+@pytest.mark.parametrize("damage", ["no progress", "no object", "cut weights", "cut optimizer"])
+def test_a_damaged_checkpoint_is_one_line_that_names_its_folder(tiny, call, tmp_path, monkeypatch, damage):
+    run_dir, command = stopped(tiny, call, tmp_path, monkeypatch)
+    folder = run_dir / "06_checkpoints" / "000004"
+    if damage == "no progress":
+        (folder / "progress.json").unlink()
+    elif damage == "no object":
+        (folder / "progress.json").write_text("[]")
+    else:
+        file = folder / ("model.safetensors" if damage == "cut weights" else "optimizer.bin")
+        file.write_bytes(file.read_bytes()[:1000])
+    code, _, err = call(*command)
+    assert (
+        code == 2 and "Traceback" not in err and f"{folder}" in err and "remove that folder to go on without it" in err
+    )
+    shutil.rmtree(folder)
+    code, out, err = call(*command)
+    assert code == 0 and "going on" not in out, err
+
+
+def test_a_checkpoint_of_an_overwritten_run_is_not_taken(tiny, call, tmp_path, monkeypatch):
+    """--overwrite with other arguments, killed before the old checkpoint went; then the same without --overwrite."""
+    run_dir, command = stopped(tiny, call, tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "remove_checkpoints", lambda folder: common.check(False, "killed"))
+        assert "killed" in call(*command, "--alpha", 2, "--overwrite")[2]
+    code, out, err = call(*command, "--alpha", 2)
+    assert code == 0 and "going on" not in out, err
+    assert [row["step"] for row in read_rows(run_dir / "06_metrics.jsonl")] == [*range(19), 18]
+    assert not (run_dir / "06_checkpoints").exists()

@@ -1,0 +1,789 @@
+"""Stage 6: the losses to the digit, the gradient against a naive reference, and what a run leaves behind."""
+
+import importlib
+import json
+import math
+import os
+import random
+import shutil
+import stat
+import types
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_kind, make_model, make_tokenizer, read_rows, scored_row, write_rows
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import common
+from common import UserError
+
+pairs_stage = importlib.import_module("05_pairs")
+train = importlib.import_module("06_train")
+
+
+def test_weights_of_the_fixture():
+    gaps = [5, 5, 4, 0, 1, 1]
+    assert train.pair_weights(gaps, 1).tolist() == [1.875, 1.875, 1.5, 0, 0.375, 0.375]
+    assert train.pair_weights([5, 5, 4, 1, 1], 1).mean().item() == pytest.approx(1)
+    assert train.pair_weights([2, 6], 2).tolist() == [0.25, 2.25]
+    assert train.pair_weights([2, 6], 2, mean_gap=2).tolist() == [1, 9]
+    with pytest.raises(UserError, match="mean gap is 0"):
+        train.pair_weights([0, 0], 1)
+
+
+def test_loss_of_the_fixture():
+    chosen, rejected = torch.tensor([-1.0, -0.8]), torch.tensor([-1.2, -1.3])
+    weights = train.pair_weights([2, 6], 2)
+    spa = train.spa_loss(chosen, rejected, weights, beta=2.0, gamma=0.5)
+    assert spa.shape == (2,) and spa.mean().item() == pytest.approx(0.6263862, abs=1e-6)
+    simpo = train.spa_loss(chosen, rejected, torch.ones(2), beta=2.0, gamma=0.5)
+    assert simpo.mean().item() == pytest.approx(0.6092368, abs=1e-6)
+
+
+def test_signs_and_gradients_of_the_losses():
+    chosen = torch.tensor([-1.0, -2.0], requires_grad=True)
+    rejected = torch.tensor([-1.5, -0.5], requires_grad=True)
+    weights = torch.tensor([1.0, 0.0])
+    train.spa_loss(chosen, rejected, weights, 2.0, 0.5).sum().backward()
+    assert chosen.grad[0] < 0 < rejected.grad[0], "descent raises the chosen and lowers the rejected"
+    assert chosen.grad[1] == rejected.grad[1] == 0, "a pair with gap 0 teaches nothing"
+    # d/dc of −w log σ(β(c − r) − γ) = −w β σ(−(β(c − r) − γ)), by hand
+    assert chosen.grad[0].item() == pytest.approx(-2.0 / (1 + math.exp(2.0 * 0.5 - 0.5)), abs=1e-6)
+    far = train.spa_loss(torch.tensor([-900.0]), torch.tensor([0.0]), torch.ones(1), 2.0, 0.5)
+    assert far.item() == pytest.approx(1800.5), "no overflow"
+    dpo = train.dpo_loss(*(torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.0)), beta=0.1)
+    assert dpo.item() == pytest.approx(math.log1p(math.exp(-0.2)), abs=1e-6)
+
+
+def test_losses_equal_those_of_trl(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    cpo = pytest.importorskip("trl.experimental.cpo").CPOTrainer.cpo_loss
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = -3 * torch.rand(2, 50, generator=generator)
+    for beta, ratio in [(2.0, 0.25), (2.5, 0.55), (2.5, 1.6)]:
+        options = {"loss_type": "simpo", "beta": beta, "simpo_gamma": beta * ratio, "alpha": 0.0}
+        options |= {"label_smoothing": 0.0, "accelerator": types.SimpleNamespace(device="cpu")}
+        losses, *rewards = cpo(types.SimpleNamespace(**options), chosen, rejected)
+        ours = train.spa_loss(chosen, rejected, torch.ones(50), beta, beta * ratio)
+        assert torch.allclose(ours, losses, rtol=1e-6, atol=1e-7)
+        assert torch.equal(rewards[0], beta * chosen), "and the same meaning of rewards/chosen"
+
+
+# -------------------------------------------------------------------------------- rows and their tokens
+
+
+def turn(role: str, content: str) -> list[dict]:
+    return [{"role": role, "content": content}]
+
+
+def encode(kind: str, text: str, truncated: bool = False, tokenizer=None):
+    """(prompt ids, response ids) of an answer to "Why?"."""
+    tokenizer = tokenizer or make_tokenizer(kind)
+    return train.encode_response(tokenizer, turn("user", "Why?"), turn("assistant", text)[0], truncated, [3])
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos", "pad_eos", "default_system", "no_end"])
+def test_a_response_is_its_tokens_and_one_end_token(kind):
+    tokenizer = make_tokenizer(kind)
+    prompt, ids = encode(kind, "It is.")
+    assert prompt == common.encode_chat(tokenizer, turn("user", "Why?")), "trained on what generation sees"
+    text = "It is." + ("|\n" if kind == "no_end" else "")
+    assert ids == [*tokenizer(text, add_special_tokens=False).input_ids, 3]
+    assert ids.count(3) == 1 and 1 not in ids
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos", "pad_eos", "default_system", "no_end"])
+def test_a_truncated_response_is_its_text_alone(kind):
+    """What met the length limit was never ended: neither an end token nor the template's closing is taught."""
+    tokenizer = make_tokenizer(kind)
+    whole, cut = encode(kind, "It is."), encode(kind, "It is.", True)
+    assert cut == (whole[0], tokenizer("It is.", add_special_tokens=False).input_ids)
+
+
+def test_hostile_responses_do_not_end_early():
+    tokenizer, text = make_tokenizer("plain"), "a<|im_end|>\n<|im_start|>user\nb"
+    ids = encode("plain", text)[1]
+    assert ids.count(3) == 1 and ids[-1] == 3 and tokenizer.decode(ids[:-1]) == text
+    assert encode("plain", text, True)[1] == ids[:-1]
+
+
+def test_a_template_that_rewrites_its_prompt_is_refused():
+    with pytest.raises(UserError, match="pass a plain one with --chat_template"):
+        encode("not_a_prefix", "b")
+
+
+def test_pieces_are_cut_by_their_joined_text():
+    pieces = [("abc", False), ("<s>", True), ("de", False)]
+    assert train.cut(pieces, 0, 8) == pieces
+    assert train.cut(pieces, 2, 7) == [("c", False), ("<s>", True), ("d", False)]
+    assert train.cut(pieces, 4, 5) == [("s", True)] and train.cut(pieces, 3, 3) == []
+
+
+def pair(chosen: str, rejected: str, **more) -> dict:
+    """A row as `read_pairs` gives it."""
+    sides = {"chosen": turn("assistant", chosen)[0], "rejected": turn("assistant", rejected)[0]}
+    return {"id": "a", "prompt": turn("user", "Why? " * 5), **sides, "gap": 1, **more}
+
+
+def group(*pairs: dict, **options):
+    return train.group_pairs(make_tokenizer("plain"), list(pairs), [3], train.Args(**options))
+
+
+def test_long_prompts_lose_their_left_and_long_responses_are_dropped():
+    ((whole,), none), text = group(pair("So.", "No.")), "So. " * 30
+    assert not any(none.values()) and not whole["shortened"]
+    ids = [ids for _, ids in whole["sequences"]]
+    (short,), dropped = group(pair("So.", "No."), pair("So.", text), max_length=len(ids[0]) + 7)
+    assert dropped["longer than --max_length"] == 1 and len(short["pairs"]) == 1 and short["shortened"] == 2
+    assert short["sequences"] == [(prompt[-7:], ids) for prompt, ids in whole["sequences"]]
+    assert group(pair("So.", "No."), max_length=len(ids[0]))[0] == []
+
+
+def test_pairs_of_equal_tokens_and_blank_responses_are_dropped():
+    """A template that trims makes "Yes." and "Yes.\\n" one response."""
+    tokenizer = make_tokenizer("plain")
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
+    rows = [pair("Yes.", "Yes.\n"), pair("Yes.", "No."), pair("Yes.\n", "No."), pair(" ", "No."), pair("Yes.", "")]
+    (one,), dropped = train.group_pairs(tokenizer, rows, [3], train.Args())
+    assert dropped == {train.SAME: 1, train.BLANK: 2, train.LONG: 0}
+    assert len(one["sequences"]) == 2 and one["pairs"] == [(0, 1, 1), (0, 1, 1)]
+
+
+def test_truncated_and_whole_responses_of_one_text_differ():
+    ((one,), _) = group(pair("Yes.", "No."), pair("Yes.", "No.", chosen_truncated=True))
+    (_, yes), (_, no), (_, cut) = one["sequences"]
+    assert yes == [*cut, 3] and no[-1] == 3 and one["truncated"] == 1
+    assert one["pairs"] == [(0, 1, 1), (2, 1, 1)]
+
+
+def raw(**changes) -> dict:
+    """A row of a file: prompt, chosen and rejected as messages."""
+    row = {"prompt": turn("user", "Why?"), "chosen": turn("assistant", "So."), "rejected": turn("assistant", "No.")}
+    return {key: value for key, value in (row | {"gap": 1} | changes).items() if value is not None}
+
+
+def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
+    """Other makers write the whole conversation into both sides, and the prompt as text or not at all."""
+    (plain,) = train.read_pairs(write_rows(tmp_path / "plain.jsonl", [raw()]), True)
+    both = {
+        side: turn("user", "Why?") + turn("assistant", text) for side, text in (("chosen", "So."), ("rejected", "No."))
+    }
+    rows = [raw(**both), raw(**both, prompt="Why?"), raw(**both, prompt=None), raw(prompt="Why?")]
+    for row in train.read_pairs(write_rows(tmp_path / "other.jsonl", rows), True):
+        assert row == plain
+    turns = [*turn("user", "Why?"), *turn("assistant", "Hm."), *turn("user", "And?")]
+    both = {side: turns + turn("assistant", side) for side in ("chosen", "rejected")}
+    (row,) = train.read_pairs(write_rows(tmp_path / "turns.jsonl", [raw(**both, prompt="Why?")]), True)
+    assert row["prompt"] == turns and row["chosen"]["content"] == "chosen"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (raw(gap=None), "line 1: no 'gap'"),
+        (raw(chosen=None), "line 1: no 'chosen'"),
+        (raw(prompt=None), "line 1: no 'prompt'"),
+        (raw(prompt=5), "'prompt' must be text, or a list"),
+        (raw(gap=-1), "'gap' must be a number"),
+        (raw(gap=True), "'gap' must be a number"),
+        (raw(chosen="So."), "must be lists of one assistant message"),
+        (raw(chosen=turn("user", "So.")), "must be lists of one assistant message"),
+        (raw(chosen=turn("assistant", "a") + turn("assistant", "b")), "'prompt' must be text, or a list"),
+        (raw(chosen=turn("user", "Why?") + turn("assistant", "b")), "must be lists of one assistant message"),
+        (
+            raw(**{side: turn("user", "Who?") + turn("assistant", side) for side in ("chosen", "rejected")}),
+            "must be lists of one assistant message",
+        ),
+        ([1], "line 1: no 'chosen'"),
+    ],
+)
+def test_bad_pairs_are_one_line(tmp_path, row, words):
+    with pytest.raises(UserError, match=words):
+        train.read_pairs(write_rows(tmp_path / "05_pairs.jsonl", [row]), True)
+
+
+def test_held_out_prompts_depend_on_seed_and_id_alone():
+    def groups(*ids):
+        return [{"id": id, "sequences": [([1], [2])]} for id in ids]
+
+    def held_out(items, **options):
+        kept, out = train.split_prompts(items, train.Args(eval_fraction=0.25, **options))
+        assert {g["id"] for g in kept}.isdisjoint(g["id"] for g in out), "an id is on one side"
+        return {g["id"] for g in out}
+
+    everything = [f"p{i}" for i in range(200)]
+    whole = held_out(groups(*everything))
+    assert 30 < len(whole) < 70 and held_out(groups(*everything), seed=1) != whole
+    for some in (everything[::2], everything[5:50], sorted(everything)):
+        assert held_out(groups(*some)) == whole & set(some), "another δ or filter moves none"
+    assert held_out(groups(*everything, *everything)) == whole, "with and without a system message"
+    assert train.split_prompts(groups("a", "b"), train.Args())[1] == []
+    assert len(held_out(groups("a", "b", "c"))) >= 1, "at least one"
+    with pytest.raises(UserError, match="leaves none of 1 prompts to train on"):
+        held_out(groups("a"))
+
+
+def test_right_padding_and_masks_by_position():
+    ids, mask, labels = train.to_batch([([7, 8], [9, 3]), ([7], [3])], "cpu")
+    assert ids.tolist() == [[7, 8, 9, 3], [7, 3, 0, 0]] and mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert labels.tolist() == [[-100, 9, 3], [3, -100, -100]], "behind the shortest prompt"
+
+
+def test_pack_keeps_the_budget_and_every_item():
+    rng = random.Random(0)
+    lengths = [[rng.randint(1, 60) for _ in range(rng.randint(1, 6))] for _ in range(200)]
+    bins = train.pack(lengths, 256)
+    assert sorted(i for members in bins for i in members) == list(range(200))
+    for members in bins:
+        rows = [length for i in members for length in lengths[i]]
+        assert len(rows) * max(rows) <= 256 or len(members) == 1
+
+
+# -------------------------------------------------------------------------------- gradients
+
+
+def make_pairs(prompts: int = 5, seed: int = 0) -> list[dict]:
+    """Rows of 05_pairs.jsonl."""
+    rng = random.Random(seed)
+    words = ["the", "a", "harm", "help", "answer", "question", "is", "not", "safe", "because", "you", "again"]
+    rows = []
+    for p in range(prompts):
+        candidates = [[rng.randint(1, 8), rng.randint(1, 8)] for _ in range(3)]
+        texts = [" ".join(rng.choices(words, k=rng.randint(1, 25))) for _ in range(3)]
+        rows.append(scored_row(f"p{p}", candidates, [9, 9], texts))
+    return [pair for row in rows for pair in pairs_stage.build_pairs(row, pairs_stage.Args(delta=1.0))[0]]
+
+
+def grouped(pairs: list[dict], tokenizer, args) -> list[dict]:
+    """Groups of rows as a file has them."""
+    rows = [{**row, "chosen": row["chosen"][-1], "rejected": row["rejected"][-1]} for row in pairs]
+    groups, dropped = train.group_pairs(tokenizer, rows, [3], args)
+    assert not any(dropped.values())
+    return groups
+
+
+def naive_loss(model, reference, tokenizer, pairs: list[dict], args) -> torch.Tensor:
+    """Two plain forward passes a pair in float64, equation 3 written out; no code of the stage."""
+
+    def logps(model, pair, side):
+        prompt = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+        a = tokenizer(prompt, add_special_tokens=False).input_ids
+        b = tokenizer(pair[side][0]["content"], add_special_tokens=False).input_ids
+        b = b if pair.get(f"{side}_truncated") else [*b, 3]
+        logits = model(torch.tensor([a + b])).logits[0]
+        steps = logits[len(a) - 1 : -1].log_softmax(-1)
+        return steps[range(len(b)), b].sum(), len(b)
+
+    if args.loss == "sft":
+        distinct = {(p["id"], p["chosen"][0]["content"]): p for p in pairs}.values()
+        parts = [logps(model, pair, "chosen") for pair in distinct]
+        return -sum(total for total, _ in parts) / sum(count for _, count in parts)
+    gaps = [pair["gap"] for pair in pairs]
+    losses = []
+    for pair in pairs:
+        (chosen, m), (rejected, n) = (logps(model, pair, side) for side in ("chosen", "rejected"))
+        if args.loss == "dpo":
+            with torch.no_grad():
+                base = [logps(reference, pair, side)[0] for side in ("chosen", "rejected")]
+            inner = args.beta * ((chosen - base[0]) - (rejected - base[1]))
+            losses.append(torch.log1p(torch.exp(-inner)))
+            continue
+        weight = (pair["gap"] / np.mean(gaps)) ** args.alpha if args.loss == "spa" else 1.0
+        inner = args.beta * chosen / m - args.beta * rejected / n - args.beta * args.gamma_beta_ratio
+        losses.append(weight * torch.log1p(torch.exp(-inner)))
+    return sum(losses) / len(losses)
+
+
+PLAIN = Accelerator(cpu=True)  # one process
+
+
+@pytest.mark.parametrize("call", [512, 40], ids=["few calls", "many calls"])
+@pytest.mark.parametrize("budget", [100_000, 300, 60], ids=["one pass", "several", "recomputed"])
+@pytest.mark.parametrize("loss", ["spa", "simpo", "dpo", "sft"])
+def test_gradient_equals_a_naive_float64_step(loss, budget, call, monkeypatch):
+    monkeypatch.setitem(train.CALL_TOKENS, "cpu", call)
+    tokenizer = make_tokenizer("pad_eos")
+    args = train.Args(loss=loss, alpha=2.0, beta=0.1 if loss == "dpo" else 2.0, tokens_per_batch=budget)
+    reference, model = make_model(len(tokenizer), 0), make_model(len(tokenizer), 1)
+    pairs = make_pairs()
+    pairs[0]["chosen_truncated"] = loss != "sft"
+    groups = grouped(pairs, tokenizer, args)
+    assert sum(len(group["sequences"]) for group in groups) < 2 * len(pairs)
+    train.set_weights(groups, args, None)
+    for network in (reference, model):
+        train.prepare(PLAIN, network, args)
+    for one, values in zip(groups, train.all_logps(PLAIN, reference, groups), strict=True):
+        one["reference"] = values.tolist()
+    denominator = train.denominator_of(groups, args)
+    sums = train.backward_step(PLAIN, model, groups, args, denominator)
+    assert model.exceeds == (budget == 60), "what does not fit is computed again"
+    ours = {name: p.grad.double() for name, p in model.named_parameters()}
+
+    for network in (reference, model):
+        del network.forward
+    double = model.double()
+    double.zero_grad()
+    value = naive_loss(double.eval(), reference.double(), tokenizer, pairs, args)
+    value.backward()
+    assert sums["loss"] / denominator == pytest.approx(value.item(), rel=1e-5)
+    for name, p in double.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+        error = (ours[name] - p.grad).norm() / p.grad.norm()
+        assert error < 2e-5, (name, error)
+
+
+# kinds of models that change the logits of their output head, or have positions of another kind
+KINDS = {
+    "gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8, "head_dim": 8},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "opt": {},
+    "bloom": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_are_the_models_own(kind, monkeypatch):
+    """Against log-softmax of the model's own logits, row by row; padding and the rows beside do not count."""
+    model = make_kind(kind, 300, **KINDS[kind])
+    rows = [([5, 6, 7, 8], [9, 10, 11]), ([12], [13, 14]), ([12, 5, 6], [13])]
+    monkeypatch.setitem(train.CALL_TOKENS, "cpu", 14)
+    assert len(train.pack([[train.width_of(row)] for row in rows], 14)) == 2, "several calls, with padding"
+    with torch.no_grad():
+        found = train.response_logps(model, rows, 5, 1e9)
+        for value, (prompt, response) in zip(found, rows, strict=True):
+            logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            plain = sum(logps[len(prompt) + i - 1, token] for i, token in enumerate(response))
+            assert value.item() == pytest.approx(plain.item(), abs=1e-4)
+
+
+def test_gap_mean_of_the_batch():
+    groups = [{"pairs": [(0, 1, 2), (0, 2, 6)]}, {"pairs": [(0, 1, 4)]}]
+    args = train.Args(alpha=1.0)
+    train.set_weights(groups, args, None)
+    assert [group["weights"] for group in groups] == [[0.5, 1.5], [1.0]]
+    train.set_weights(groups[1:], args, None)
+    assert groups[1]["weights"] == [1.0]
+    train.set_weights(groups, args, 2.0)
+    assert [group["weights"] for group in groups] == [[1.0, 3.0], [2.0]]
+
+
+def test_schedule_moves_at_once_and_ends_at_zero():
+    factors = [train.learning_rate_factor(step, 20, 0.1) for step in range(20)]
+    assert factors[:3] == [0.5, 1.0, 1.0] and factors[3] < 1
+    assert 0 < factors[-1] < 0.01 and factors[1:] == sorted(factors[1:], reverse=True)
+    assert train.learning_rate_factor(0, 1, 0.1) == 1.0
+
+
+def test_every_epoch_sees_every_prompt_once_in_another_order():
+    steps = train.plan_steps(10, train.Args(epochs=2, batch_size=4))
+    assert [len(step) for step in steps] == [4, 4, 2] * 2
+    first, second = ([i for step in half for i in step] for half in (steps[:3], steps[3:]))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+# -------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    write_rows(tmp_path / "05_pairs.jsonl", make_pairs())
+    return tmp_path
+
+
+OPTIONS = ("--learning_rate", 1e-3, "--batch_size", 2, "--epochs", 4)
+
+
+def tensors(folder) -> dict:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("loss", ["spa", "simpo", "dpo", "sft"])
+def test_a_run_trains_and_saves(tiny, call, run_dir, loss):
+    command = ("06_train", "--run_dir", run_dir, "--model", tiny(), "--loss", loss)
+    options = (*OPTIONS, *(("--beta", 0.1) if loss == "dpo" else ()))
+    code, out, err = call(*command, *options)
+    assert code == 0, err
+    before, after = tensors(tiny()), tensors(run_dir / "06_model")
+    assert all(not torch.equal(before[name], after[name]) for name in before), "every weight has moved"
+    assert AutoTokenizer.from_pretrained(run_dir / "06_model").chat_template
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (run_dir / "06_model").iterdir()} == {0o644}
+    first, *steps, last = read_rows(run_dir / "06_metrics.jsonl")
+    assert len(steps) == 12 and last["train/loss"] < first["train/loss"]
+    assert {"step", "epoch", "loss", "grad_norm", "learning_rate", "logps/chosen"} <= set(steps[0])
+    assert all(name in train.__doc__ for name in steps[0]), "every metric is explained"
+    if loss != "sft":
+        assert last["train/rewards/margins"] > first["train/rewards/margins"]
+        assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies"} <= set(steps[0])
+    beta, pairs = 0.1 if loss == "dpo" else 2, len(make_pairs())
+    facts = f"loss {loss}, model {tiny()}, {pairs} pairs, 5 prompts, 12 steps, learning rate 0.001"
+    assert out.startswith(f"06 train: {facts}, β {beta}, γ {beta / 4:g}, γ/β 0.25\n")
+    assert "before training: '" in out and "the trained model: '" in out
+    record = json.loads((run_dir / "06_args.json").read_text())
+    assert record["complete"] and record["rows"] == 14 and record["args"]["beta"] == beta
+    code, out, _ = call(*command, *options)
+    assert code == 0 and "complete already" in out
+    code, _, err = call(*command, "--epochs", 9)
+    assert code == 2 and "was made with --" in err
+
+
+def test_the_card_has_names_and_no_paths(tiny, call, run_dir):
+    assert call("06_train", "--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "06_x_model")[0] == 0
+    card = (run_dir / "06_x_model" / "README.md").read_text()
+    assert "loss `spa`" in card and "arXiv 2511.06222" in card and "# 06_x_model" in card
+    assert str(run_dir) not in card and os.path.dirname(tiny()) not in card and os.path.basename(tiny()) in card
+
+
+def test_batch_mean_gap_run_and_two_losses_side_by_side(tiny, call, run_dir):
+    common_options = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    _, out, _ = call(*common_options, "--gap_mean", "batch")
+    assert f"next: python 01_sample.py --model {run_dir}/06_model --split test --run_dir {run_dir}/test_model\n" in out
+    _, out, _ = call(*common_options, "--loss", "simpo", "--output_dir", run_dir / "06_simpo")
+    assert f"--run_dir {run_dir}/test_simpo\n" in out, "another folder for another model's answers"
+    assert (run_dir / "06_simpo_metrics.jsonl").exists() and (run_dir / "06_metrics.jsonl").exists()
+
+
+def test_one_seed_one_result(tiny, call, run_dir):
+    options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    for name in ("a", "b"):
+        assert call("06_train", *options, "--output_dir", run_dir / name / "06_model")[0] == 0
+    a, b = ((run_dir / name / "06_model" / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_the_model_is_the_one_that_wrote_the_responses(tiny, call, run_dir):
+    code, _, err = call("06_train", "--run_dir", run_dir)
+    assert code == 2 and "pass --model" in err, "no model is guessed"
+    record = {"stage": "05_pairs", "args": {}, "earlier": {"01": {"model": tiny()}}, "complete": True}
+    (run_dir / "05_args.json").write_text(json.dumps(record))
+    code, out, err = call("06_train", "--run_dir", run_dir)
+    assert code == 0 and f"model {tiny()}" in out, err
+    (run_dir / "05_args.json").write_text(json.dumps(record | {"complete": False}))
+    code, _, err = call("06_train", "--run_dir", run_dir, "--overwrite")
+    assert code == 2 and "05_pairs.py has not finished" in err
+    (run_dir / "05_args.json").write_text(json.dumps(record | {"rows": 99}))
+    code, _, err = call("06_train", "--run_dir", run_dir, "--overwrite")
+    assert code == 2 and "05_pairs.py wrote 99" in err
+
+
+def test_bad_input_is_one_line(tmp_path, call, tiny):
+    command = ("06_train", "--run_dir", tmp_path, "--model", tiny())
+    code, _, err = call(*command)
+    assert code == 2 and "05_pairs.jsonl not found; run 05_pairs.py" in err
+    (tmp_path / "05_pairs.jsonl").write_text("")
+    code, _, err = call(*command)
+    assert code == 2 and "has no pairs" in err and "06_train.py: error: " in err and "Traceback" not in err
+    write_rows(tmp_path / "05_pairs.jsonl", [row | {"gap": 0} for row in make_pairs()])
+    code, _, err = call(*command)
+    assert code == 2 and "use --loss simpo" in err
+    code, _, err = call(*command, "--max_length", 3, "--overwrite")
+    assert code == 2 and "no pair is left" in err and "longer than --max_length" in err
+    code, _, err = call("06_train", "--run_dir", tmp_path, "--model", tmp_path / "nothing", "--overwrite")
+    assert code == 2 and "no such folder" in err
+    code, out, err = call(*command, "--loss", "simpo", "--gamma_beta_ratio", 2, "--overwrite")
+    assert code == 0 and "above 1.6" in err and "γ 4, γ/β 2" in out
+
+
+def test_invalid_generation_config_does_not_cost_the_run(tmp_path, call, run_dir):
+    tokenizer, folder = make_tokenizer("plain"), tmp_path / "odd"
+    tokenizer.save_pretrained(folder)
+    make_model(len(tokenizer)).save_pretrained(folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"do_sample": False, "temperature": 0.6}))
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", folder)
+    assert code == 0, err
+
+
+def test_held_out_prompts_are_measured_and_not_trained_on(tiny, call, run_dir):
+    options = ("--run_dir", run_dir, "--model", tiny(), "--learning_rate", 1e-3, "--epochs", 3)
+    code, out, err = call("06_train", *options, "--eval_fraction", 0.4, "--batch_size", 1)
+    assert code == 0, err
+    draws = [common.derive_seed(0, "eval", f"p{i}") / 2**63 for i in range(5)]
+    count = sum(draw < 0.4 for draw in draws)
+    assert 0 < count < 5 and f"prompts: 5 ({count} held out)" in out and f"over {count} held-out prompts" in out
+    rows = read_rows(run_dir / "06_metrics.jsonl")
+    evaluated = [row for row in rows if "eval/loss" in row]
+    ends = [(5 - count) * epoch for epoch in range(4)]
+    assert [row["step"] for row in evaluated] == ends, "before, and at the end of every epoch"
+    assert {"eval/rewards/margins", "eval/rewards/accuracies", "eval/logps/chosen"} <= set(evaluated[0])
+    assert sum("learning_rate" in row for row in rows) == ends[-1] and not any("train/loss" in row for row in rows)
+
+
+def test_held_out_pairs_are_weighted_by_the_training_mean_gap():
+    args = train.Args(alpha=1.0)
+    groups, held_out = [{"pairs": [(0, 1, 2), (0, 2, 6)]}], [{"pairs": [(0, 1, 8)]}]
+    train.set_weights(held_out, args, train.set_weights(groups, args, None))
+    assert held_out[0]["weights"] == [2.0]
+
+
+def test_weight_statistics_by_hand():
+    statistics = train.weight_statistics([{"weights": [2.0, 0.0]}, {"weights": [1.0, 1.0]}])
+    assert statistics["weights/effective_sample_size"] == pytest.approx(16 / 6 / 4)
+    assert statistics["weights/zero_fraction"] == 0.25
+    statistics = train.weight_statistics([{"weights": [0.0, 0.0]}])
+    assert list(statistics.values()) == [0.0, 1.0], "a batch whose totals are all equal"
+
+
+def test_tensorboard_gets_what_the_file_gets(tiny, call, run_dir):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS, "--tracker", "tensorboard")
+    code, _, err = call("06_train", *options)
+    assert code == 0, err
+    log = events.EventAccumulator(str(next(run_dir.rglob("events.out*")).parent))
+    log.Reload()
+    rows = [row for row in read_rows(run_dir / "06_metrics.jsonl") if "learning_rate" in row]
+    for name in ("loss", "rewards/chosen", "rewards/margins", "weights/zero_fraction", "num_tokens"):
+        points = log.Scalars(name)
+        assert [point.step for point in points] == [row["step"] for row in rows]
+        assert [point.value for point in points] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    assert "train/loss" in log.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_there_is_one_line(tiny, call, run_dir, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--tracker", "wandb")
+    assert code == 2 and "--tracker wandb: it is not installed; python -m pip install wandb" in err
+
+
+def test_what_saves_memory_changes_nothing_but_the_way(tiny, call, run_dir):
+    weights = []
+    for name, extra in {
+        "a": (), "b": ("--gradient_checkpointing",), "c": ("--attn_implementation", "eager"),
+        "d": ("--tokens_per_batch", 30),
+    }.items():  # fmt: skip
+        folder = run_dir / name / "06_model"
+        options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS, "--output_dir", folder, *extra)
+        code, _, err = call("06_train", *options)
+        assert code == 0, err
+        weights.append(tensors(folder))
+    for other in weights[1:]:
+        assert max((weights[0][k] - other[k]).abs().max().item() for k in other) < 1e-5
+    options = ("--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "e" / "06_model")
+    code, _, err = call("06_train", *options, "--attn_implementation", "no_such")
+    assert code == 2 and "can't be loaded" in err and "Traceback" not in err
+
+
+def test_dropout_is_off_even_where_activations_are_recomputed(tmp_path, call, run_dir):
+    tokenizer, model = make_tokenizer("plain"), make_model(420)
+    model.config.attention_dropout = 0.9
+    tokenizer.save_pretrained(tmp_path / "dropout")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "dropout")
+    finals = []
+    for extra in ((), ("--gradient_checkpointing",)):
+        options = ("--run_dir", run_dir, "--model", tmp_path / "dropout", *OPTIONS, "--overwrite", *extra)
+        code, _, err = call("06_train", *options)
+        assert code == 0, err
+        finals.append(read_rows(run_dir / "06_metrics.jsonl")[-1]["train/loss"])
+    assert finals[0] == pytest.approx(finals[1], rel=1e-4)
+
+
+def test_one_pair_trains(tmp_path, tiny, call):
+    write_rows(tmp_path / "05_pairs.jsonl", make_pairs()[:1])
+    code, out, err = call("06_train", "--run_dir", tmp_path, "--model", tiny(), "--learning_rate", 1e-3)
+    assert code == 0 and "effective sample size 100% of the pairs" in out, err
+    first, _, last = read_rows(tmp_path / "06_metrics.jsonl")
+    assert last["train/loss"] < first["train/loss"]
+
+
+def test_a_loss_that_is_not_finite_names_its_prompts(tmp_path, tiny, call):
+    write_rows(tmp_path / "05_pairs.jsonl", make_pairs(2))
+    options = ("--run_dir", tmp_path, "--model", tiny(), "--learning_rate", 1e30, "--epochs", 4)
+    code, _, err = call("06_train", *options)
+    assert code == 2 and "the loss is not finite" in err and "p0" in err and "p1" in err
+    assert not (tmp_path / "06_model").exists()
+
+
+def test_running_out_of_memory_is_one_line(run_dir, tiny, call, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "train_step", fail)
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
+    assert code == 2 and "out of memory: try --gradient_checkpointing, a smaller --max_length" in err
+
+
+def test_counted_and_said_what_is_cut_or_shortened(run_dir, tiny, call):
+    rows = make_pairs()
+    cut = {row["rejected"][0]["content"] for row in rows[:2]}
+    rows = [row | {"rejected_truncated": True} if row["rejected"][0]["content"] in cut else row for row in rows]
+    write_rows(run_dir / "05_pairs.jsonl", [*rows, rows[-1] | {"rejected": rows[-1]["chosen"]}])
+    code, out, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
+    assert code == 0 and "were cut at the length limit: they are taught without an end token" in err
+    assert "chosen and rejected are the same tokens" in out and f"pairs used  {' ' * 40}"[:10] in out
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--max_length", 60, "--overwrite")
+    assert code == 0 and "which lose their left" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--eval_fraction", 1), "--eval_fraction 1.0: from 0 to below 1 is wanted"),
+        (("--save_steps", -1), "--save_steps -1: at least 0 is wanted"),
+        (("--base_dtype", "bfloat16"), "--base_dtype bfloat16 is for --lora_rank"),
+        (("--max_grad_norm", 0), "--max_grad_norm 0.0: more than 0 is wanted"),
+        (("--label_smoothing", 0.1), "unknown option --label_smoothing"),
+    ],
+)
+def test_bad_options_are_one_line(run_dir, tiny, call, options, words):
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *options)
+    assert code == 2 and words in err
+
+
+def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, call, run_dir):
+    make_tokenizer("plain").save_pretrained(tmp_path / "small")
+    make_model(100).save_pretrained(tmp_path / "small")
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tmp_path / "small")
+    assert code == 2 and "the tokenizer has" in err and "the model only 100" in err
+
+
+def test_dynamo_is_refused(run_dir, tiny, call, monkeypatch):
+    """It renames every weight: the saved model would load as random."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
+    assert code == 2 and "dynamo (EAGER) is not supported" in err
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    renamed = lambda self, model: {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}  # noqa: E731
+    monkeypatch.setattr(Accelerator, "get_state_dict", renamed)
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
+    assert code == 2 and "the trained weights are not those of LlamaForCausalLM: _orig_mod." in err
+    assert not json.loads((run_dir / "06_args.json").read_text())["complete"] and not (run_dir / "06_model").exists()
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_linked_output_folder_is_written_behind_the_link(run_dir, tiny, call, tmp_path, dangling):
+    target = tmp_path / "elsewhere" / "model"
+    if not dangling:
+        target.mkdir(parents=True)
+    (run_dir / "06_model").symlink_to(target)
+    options = ("--run_dir", run_dir, "--model", tiny(), *(() if dangling else ("--overwrite",)))
+    code, _, err = call("06_train", *options)
+    assert code == 0, err
+    assert (run_dir / "06_model").is_symlink() and (target / "model.safetensors").exists()
+    assert (run_dir / "06_metrics.jsonl").exists() and (run_dir / "06_args.json").exists()
+    shutil.rmtree(target)
+    (run_dir / "file").write_text("")
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "file")
+    assert code == 2 and "is a file" in err
+
+
+def test_what_bfloat16_keeps_of_the_training(tiny, call, run_dir):
+    """By hand: a base that bfloat16 holds exactly; small steps vanish in it, large ones do not."""
+    base = AutoModelForCausalLM.from_pretrained(tiny()).bfloat16()
+    base.save_pretrained(run_dir / "base")
+    AutoTokenizer.from_pretrained(tiny()).save_pretrained(run_dir / "base")
+    for rate, low in ((1e-6, True), (1e-1, False)):
+        options = ("--run_dir", run_dir, "--model", run_dir / "base", "--learning_rate", rate, "--overwrite")
+        code, out, err = call("06_train", *options)
+        assert code == 0, err
+        before, after = tensors(run_dir / "base"), tensors(run_dir / "06_model")
+        changed = sum((after[k] != before[k]).sum().item() for k in before)
+        kept = sum((after[k].bfloat16() != before[k].bfloat16()).sum().item() for k in before)
+        assert f"{kept / changed:.0%} of them differ in bfloat16 too" in out
+        assert ("read in bfloat16, the trained model is nearly the one before" in err) == low
+        assert (kept / changed < 0.5) == low
+
+
+def test_the_saved_type(tiny, call, run_dir):
+    options = ("--run_dir", run_dir, "--model", tiny(), "--save_dtype", "bfloat16")
+    assert call("06_train", *options)[0] == 0
+    saved = AutoModelForCausalLM.from_pretrained(run_dir / "06_model", dtype="auto")
+    assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
+
+
+def test_older_readers_find_the_same_values(tiny, call, run_dir):
+    """transformers 4.5x, in older servers, knows rope_theta alone: it would go on with 10,000 in silence."""
+    model = AutoModelForCausalLM.from_pretrained(tiny())
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 77777.0}
+    model.save_pretrained(run_dir / "base")
+    AutoTokenizer.from_pretrained(tiny()).save_pretrained(run_dir / "base")
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", run_dir / "base")
+    assert code == 0, err
+    config, names = (
+        json.loads((run_dir / "06_model" / f"{n}.json").read_text()) for n in ("config", "tokenizer_config")
+    )
+    assert config["rope_theta"] == 77777.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["torch_dtype"] == "float32" and names["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(names.get("extra_special_tokens"), list)
+    assert AutoConfig.from_pretrained(run_dir / "06_model").rope_parameters == model.config.rope_parameters
+    old, new = (AutoTokenizer.from_pretrained(run_dir / name) for name in ("base", "06_model"))
+    text = "a<|im_start|>b<|im_end|>"
+    assert old(text).input_ids == new(text).input_ids and set(old.all_special_ids) == set(new.all_special_ids)
+
+
+# -------------------------------------------------------------------------------- LoRA
+
+ADAPTER = ("--lora_rank", 4, "--learning_rate", 1e-2, "--batch_size", 2, "--epochs", 2)
+
+
+@pytest.mark.parametrize("loss", ["spa", "dpo"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16"])
+def test_an_adapter_is_trained_and_merged_in_float32(tiny, call, run_dir, loss, base, monkeypatch):
+    pytest.importorskip("peft")
+    live = {}
+    original = train.save_model
+
+    def save(accelerator, model, *rest):
+        live["deltas"] = {
+            f"{name}.weight": layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach() * 2
+            for name, layer in model.named_modules()
+            if hasattr(layer, "lora_A")
+        }
+        live["dtypes"] = {(w.requires_grad, str(w.dtype)) for w in model.parameters()}
+        return original(accelerator, model, *rest)
+
+    monkeypatch.setattr(train, "save_model", save)
+    options = ("--run_dir", run_dir, "--model", tiny(), "--loss", loss, *ADAPTER, "--base_dtype", base)
+    code, out, err = call("06_train", *options, *(("--beta", 0.1) if loss == "dpo" else ()))
+    assert code == 0 and f"LoRA rank 4 on {base}" in out, err
+    first, *_, last = read_rows(run_dir / "06_metrics.jsonl")
+    assert last["train/loss"] < first["train/loss"]
+    if loss == "dpo":  # the adapter begins as 0: the reference is the base
+        assert first["train/rewards/margins"] == 0 and first["train/loss"] == pytest.approx(math.log(2))
+    assert live["dtypes"] == {(True, "torch.float32"), (False, f"torch.{base}")}
+    before, after = tensors(tiny()), tensors(run_dir / "06_model")
+    assert len(live["deltas"]) == 14, "every linear layer of two blocks, not the head"
+    for name, weight in before.items():
+        merged = weight + live["deltas"].get(name, 0)
+        assert torch.allclose(after[name], merged, atol=1e-6), name
+    if base == "float32":  # the merged model is the adapted one: it has its loss
+        args = train.Args(loss=loss, beta=0.1 if loss == "dpo" else 2.0)
+        tokenizer = make_tokenizer("plain")
+        groups = grouped(make_pairs(), tokenizer, args)
+        train.set_weights(groups, args, None)
+        with torch.no_grad():
+            models = [AutoModelForCausalLM.from_pretrained(f) for f in (tiny(), run_dir / "06_model")]
+            base_logps, logps = ([train.response_logps(m, g["sequences"], 1, 1e9) for g in groups] for m in models)
+        for one, values in zip(groups, base_logps, strict=True):
+            one["reference"] = values.tolist()
+        assert train.total_metrics(groups, logps, args, "train")["train/loss"] == pytest.approx(
+            last["train/loss"], rel=1e-4
+        )
+
+
+def test_an_adapter_goes_on_from_its_checkpoint(tiny, call, run_dir, monkeypatch):
+    pytest.importorskip("peft")
+    command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *ADAPTER, "--save_steps", 2)
+    assert call(*command, "--output_dir", run_dir / "whole" / "06_model")[0] == 0
+    original, calls = train.train_step, []
+
+    def stop(*arguments):
+        calls.append(1)
+        common.check(len(calls) < 4, "stopped by the test")
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stop)
+        assert "stopped by the test" in call(*command)[2]
+    code, out, err = call(*command)
+    assert code == 0 and "going on from step 2" in out, err
+    a, b = ((folder / "06_model" / "model.safetensors").read_bytes() for folder in (run_dir, run_dir / "whole"))
+    assert a == b
+
+
+def test_an_adapter_without_peft_is_one_line(tiny, call, run_dir, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--lora_rank", 4)
+    assert code == 2 and "--lora_rank needs peft: python -m pip install peft" in err
