@@ -16,12 +16,10 @@ Each distinct response goes through the model once, however many pairs it is in.
             accelerate launch --config_file configs/ddp.yaml 06_train.py …    8 GPUs (larger models: configs/fsdp.yaml)
     next    python 01_sample.py --model RUN_DIR/06_model --split test --run_dir RUN_DIR/test_model
 
-Hardware (calculated, without activations): all weights trained are float32 with gradient and AdamW, 16 bytes a
+Hardware (calculated, without activations): weights trained in float32 with gradient and AdamW take 16 bytes a
 parameter: 2.2 GB for 135M, 16 GB for 1B, 128 GB for 8B (8 × 80 GB with FSDP). With --lora_rank 16 --base_dtype bfloat16
-the frozen base takes 2 bytes a parameter and an 8B model's 42M adapter weights 16 each: 16.1 + 0.7 GB, and its logits
-over 128k tokens 0.5 MB a response token; so 8B fits one 80 GB card, 1B one of 24 GB (--gradient_checkpointing if not).
-On a CPU the cheap parts of each layer (norms, activations) are computed again in the backward pass: a third less
-memory for activations at a few percent of the time.
+an 8B model takes 16.1 GB and its adapter 0.7 GB, and logits over 128k tokens 0.5 MB a response token: it fits one 80 GB
+card, 1B one of 24 GB (--gradient_checkpointing if not). A CPU keeps fewer activations, at a few percent of the time.
 
 The metrics, means over the pairs of a step (over a set of prompts before and after training: eval/…, held out by
 --eval_fraction, or else train/…, over up to 64 prompts of the pairs themselves):
@@ -56,9 +54,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
@@ -70,9 +69,11 @@ CALL_TOKENS = {"cpu": 512, "cuda": 2048}
 MEASURED_PROMPTS = 64  # measured before and after training where none are held out
 LORA_ALPHA = 2  # the adapter's product counts alpha / rank = 2 times (ours)
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (ours)
-REWARDS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
-METRICS = {False: [*REWARDS, "logps/chosen", "logps/rejected"], True: ["logps/chosen"]}  # of pairs, of sft
-LAUNCHES = {DistributedType[name] for name in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")}
+BLANK, LONG, SAME = "a blank response", "longer than --max_length", "chosen and rejected are the same tokens"
+OUT_OF_MEMORY = "out of memory: try --gradient_checkpointing, a smaller --max_length, or --lora_rank 16"
+SFT_METRICS = ["logps/chosen"]
+REWARDS = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
+PAIR_METRICS = [*REWARDS, "logps/chosen", "logps/rejected"]
 
 
 @dataclass
@@ -91,13 +92,9 @@ class Args(common.RunArgs):
     max_length: int = arg(4096, "prompt and response in tokens; longer prompts lose their left (ours)")
     lora_rank: int = arg(0, "train an adapter of this rank instead of all weights; merged at the end (ours); 0: none")
     base_dtype: str = arg("float32", "the frozen weights under an adapter", ("float32", "bfloat16"))
-    tokens_per_batch: int | None = arg(
-        None, "whose activations are kept; default: 8192, on a CPU 1536 (ours)", free=True
-    )
+    tokens_per_batch: int | None = arg(None, "whose activations are kept; default: 8192, CPU 1536 (ours)", free=True)
     gradient_checkpointing: bool = arg(False, "recompute activations: less memory, a third more time", free=True)
-    attn_implementation: str | None = arg(
-        None, "sdpa, flash_attention_2, eager, …; default: transformers' own choice", free=True
-    )
+    attn_implementation: str | None = arg(None, "sdpa, flash_attention_2, …; default: transformers' own", free=True)
     eval_fraction: float = arg(0.0, "share of the prompts held out of training, for eval/… metrics (ours)")
     eval_steps: int = arg(0, "steps between two evaluations; 0: at the end of every epoch")
     save_steps: int = arg(25, "steps between two checkpoints, 12 bytes a parameter; 0: none", free=True)
@@ -108,19 +105,15 @@ class Args(common.RunArgs):
     chat_template: str | None = arg(None, "file with a Jinja chat template; default: that of stage 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses.
+# --------------------------- The losses, and the log-probabilities that they take. A row is (prompt ids, response ids).
 
 
 def pair_weights(gaps, alpha: float, mean_gap: float | None = None) -> torch.Tensor:
-    """w_i = (gap_i / mean gap)^α (section 3.4), float32 of shape (P,).
-
-    gaps: P numbers >= 0; mean_gap: None for the mean of these gaps. Raises UserError if the mean is 0.
-    """
+    """w_i = (gap_i / mean gap)^α (section 3.4) of P gaps >= 0, float32 of shape (P,); mean_gap None: of these gaps."""
     gaps = torch.as_tensor(gaps, dtype=torch.float64)
     mean = gaps.mean().item() if mean_gap is None else float(mean_gap)
     check(mean > 0, "the mean gap is 0: no pair's totals differ, so no weight is defined; use --loss simpo")
-    return ((gaps / mean) ** alpha).float()
+    return ((gaps / mean) ** alpha).float()  # w_i, section 3.4
 
 
 def spa_loss(chosen_logps, rejected_logps, weights, beta: float, gamma: float) -> torch.Tensor:
@@ -137,58 +130,50 @@ def dpo_loss(chosen_logps, rejected_logps, chosen_reference, rejected_reference,
     return -F.logsigmoid(beta * ((chosen_logps - chosen_reference) - (rejected_logps - rejected_reference)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities of responses.
-
-
 def response_logps(model, rows: list[tuple], calls: int, kept_tokens: float) -> torch.Tensor:
-    """Σ_t log π(y_t | x, y_<t) of every row (prompt ids, response ids), float32 of shape (rows,).
-
-    Rows of like length share a call of the model. At least `calls` calls are made, empty ones too: processes that share
-    sharded weights make equally many. On a CPU the layers of what exceeds kept_tokens are read again in the backward
-    pass (`prepare`).
-    """
+    """Σ_t log π(y_t | x, y_<t) of every row, float32 of shape (rows,)."""
+    # Rows of like length share a call of the model. Processes that share sharded weights must all make `calls` calls,
+    # so the last bins of some only repeat a row.
     bins, tokens, found = pack([[width_of(row)] for row in rows], CALL_TOKENS[model.device.type]), 0, []
     for members in bins + [bins[-1][:1]] * (calls - len(bins)):
-        ids, mask, labels = to_batch([rows[i] for i in members], model.device)
+        ids, mask, labels = to_batch([rows[i] for i in members], model.device)  # (B, T), (B, T), (B, K)
         tokens += ids.numel()
-        model.exceeds = tokens > kept_tokens
-        options = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}  # no logits for the prompts
+        model.exceeds = tokens > kept_tokens  # on a CPU `prepare` has such layers computed again
+        # The class's forward, for the instance's is this function. Logits (B, K, V): none for the prompts.
+        options = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}
         logits = type(model).forward(model, input_ids=ids, attention_mask=mask, **options).logits[:, :-1]
         logps = -F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")  # 0 at -100
         found.append(logps.view_as(labels).sum(-1))
+    # Back into the order of the rows; the repeated ones count 0 times, but are in the graph.
     logps, order = torch.cat(found), torch.tensor([i for members in bins for i in members])
     return logps[: len(rows)][order.argsort().to(logps.device)] + 0.0 * logps[len(rows) :].sum()
 
 
 def to_batch(rows: list[tuple], device) -> list[torch.Tensor]:
-    """input_ids and attention mask (B, T) of rows of (prompt ids, response ids), right-padded, and labels (B, K).
-
-    labels: the response tokens in the last K columns, behind the shortest prompt, and -100 beside them. All go by
-    position, not by id, for the padding token may be the end token.
-    """
-    size = len(rows), max(map(width_of, rows))
-    ids, mask, labels = torch.zeros(size).long(), torch.zeros(size).long(), torch.full(size, -100)
-    for i, (prompt, response) in enumerate(rows):
-        start, end = len(prompt), len(prompt) + len(response)
-        ids[i, :end], mask[i, :end] = torch.tensor(prompt + response), 1
-        labels[i, start:end] = ids[i, start:end]
-    labels = labels[:, min(len(prompt) for prompt, _ in rows) :]
+    """input_ids and attention mask (B, T), right-padded; labels (B, K): response tokens, and -100 beside them."""
+    # All go by position, not by id: the padding token may be the end token.
+    ids = pad_sequence([torch.tensor(prompt + response) for prompt, response in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(width_of(row)).long() for row in rows], batch_first=True)
+    labels = [torch.tensor([-100] * len(prompt) + response) for prompt, response in rows]
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    labels = labels[:, min(len(prompt) for prompt, _ in rows) :]  # the columns behind the shortest prompt
     return [tensor.to(device) for tensor in (ids, mask, labels)]
 
 
 def width_of(row: tuple) -> int:
-    """Tokens of a row (prompt ids, response ids)."""
+    """Tokens of a row."""
     return len(row[0]) + len(row[1])
 
 
-def pack(widths: list[list[int]], budget: int) -> list[list[int]]:
-    """Indices of items in bins: item i is rows of these widths, a bin's rows × widest row <= budget.
+def rows_of(groups: list[dict]) -> list[tuple]:
+    """All distinct rows of these prompts."""
+    return [row for group in groups for row in group["sequences"]]
 
-    Widest first, so rows in a bin are of like length; an item larger than the budget stands alone.
-    """
+
+def pack(widths: list[list[int]], budget: int) -> list[list[int]]:
+    """Indices of items in bins with rows × widest row <= budget; item i is rows of these widths, a larger one alone."""
     bins, width, rows = [], 0, 0
-    for i in sorted(range(len(widths)), key=lambda i: (-max(widths[i]), i)):
+    for i in sorted(range(len(widths)), key=lambda i: (-max(widths[i]), i)):  # widest first: rows of like length meet
         if not bins or (rows + len(widths[i])) * width > budget:
             bins.append([])
             width, rows = max(widths[i]), 0
@@ -197,31 +182,27 @@ def pack(widths: list[list[int]], budget: int) -> list[list[int]]:
     return bins
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: pairs grouped by prompt, each distinct response tokenized once.
+# ------------------------------------------------ Data: pairs grouped by prompt, each distinct response tokenized once.
 
 
 def read_pairs(path: Path, needs_gap: bool) -> list[dict]:
-    """The rows of 05_pairs.jsonl with `prompt` a list of messages, `chosen` and `rejected` one message each.
-
-    Files of other makers may repeat the prompt's turns in both sides. UserError with file and line.
-    """
+    """The rows of 05_pairs.jsonl with `prompt` a list of messages, `chosen` and `rejected` one message each."""
     check(path.is_file(), f"{path} not found; run 05_pairs.py with this --run_dir first")
-    pairs = []
+    pairs, needed = [], ["chosen", "rejected", "gap"][: 2 + needs_gap]
     for number, line in common.read_lines(path):
         where = f"{path}, line {number}"
         row = common.parse_json(line, where)
-        for side in ("chosen", "rejected", *(["gap"] if needs_gap else [])):
-            check(isinstance(row, dict) and side in row, f"{where}: no '{side}' in the row; add it")
+        # Both sides are lists that end with the assistant's message; only the loss spa needs the gap of their totals.
+        for name in needed:
+            check(isinstance(row, dict) and name in row, f"{where}: no '{name}' in the row; add it")
         gap, sides = row.get("gap", 0), (row["chosen"], row["rejected"])
         check(type(gap) in (int, float) and 0 <= gap < math.inf, f"{where}: 'gap' must be a number, 0 or more")
-        wanted = (
-            f"{where}: 'chosen' and 'rejected' must be lists of one assistant message, after the prompt's turns if any"
-        )
+        wanted = f"{where}: 'chosen' and 'rejected' must be lists of one assistant message, after the prompt's turns"
         for side in sides:
             check(isinstance(side, list) and side and all(isinstance(message, dict) for message in side), wanted)
             check(side[-1].get("role") == "assistant" and isinstance(side[-1].get("content"), str), wanted)
-        # what both sides begin with is the prompt, and must be what the row says it is
+        # Other makers repeat the prompt's turns in both sides, or write them there alone. What both sides begin with
+        # is the prompt then, and must end with what the row says it is.
         shared = sides[0][:-1]
         prompts = [prompt for prompt in (row.get("prompt"), shared) if prompt]
         check(prompts, f"{where}: no 'prompt' in the row; add it")
@@ -239,89 +220,83 @@ def read_pairs(path: Path, needs_gap: bool) -> list[dict]:
 
 def cut(pieces: list[tuple[str, bool]], start: int, stop: int) -> list[tuple[str, bool]]:
     """What pieces (text, is_plain) hold of their joined text[start:stop]."""
-    ends = list(itertools.accumulate(len(text) for text, _ in pieces))
-    begins = [end - len(text) for end, (text, _) in zip(ends, pieces, strict=True)]
-    parts = [(t[max(0, start - b) : max(0, stop - b)], plain) for b, (t, plain) in zip(begins, pieces, strict=True)]
+    parts, begin = [], 0
+    for text, is_plain in pieces:
+        parts.append((text[max(0, start - begin) : max(0, stop - begin)], is_plain))
+        begin += len(text)
     return [part for part in parts if part[0]]
 
 
 def encode_response(tokenizer, prompt: list[dict], response: dict, truncated: bool, ends: list[int]):
-    """(prompt ids, response ids): the response with the one end token with which the model would have closed it.
-
-    The whole conversation is rendered, as the template wants it; what follows the rendered prompt is the response. A
-    truncated one is its text alone: the model never ended it, so no end token and no closing is taught.
-    """
+    """(prompt ids, response ids), with the one end token with which the model would have closed the response."""
+    # The whole conversation is rendered, as the template wants it; what follows the rendered prompt is the response.
     before = common.render_chat(tokenizer, prompt, add_generation_prompt=True)
     whole = common.render_chat(tokenizer, [*prompt, response], add_generation_prompt=False)
     before_text, whole_text = ("".join(text for text, _ in pieces) for pieces in (before, whole))
     same, hint = whole_text.startswith(before_text), "pass a plain one with --chat_template FILE"
     check(same, f"the chat template writes a prompt differently once it is answered (a thinking model?); {hint}")
+    # A truncated response is its text alone: the model never ended it, so neither end nor closing is taught.
     start, stop, text = len(before_text), len(whole_text), response["content"].strip()
     if truncated:
         stop = whole_text.index(text, start) + len(text)
-    prompt_ids = common.encode_pieces(tokenizer, before)
-    whole_ids = common.encode_pieces(tokenizer, cut(whole, 0, stop))
+    # Where tokens merge over the border between prompt and response, the text is cut there instead.
+    prompt_ids, whole_ids = (common.encode_pieces(tokenizer, pieces) for pieces in (before, cut(whole, 0, stop)))
     ids = whole_ids[len(prompt_ids) :]
-    if whole_ids[: len(prompt_ids)] != prompt_ids:  # tokens merge over the border: cut the text instead
+    if whole_ids[: len(prompt_ids)] != prompt_ids:
         ids = common.encode_pieces(tokenizer, cut(whole, start, stop))
     if truncated:
         return prompt_ids, ids
-    last_end = max((i for i, token in enumerate(ids) if token in ends), default=None)
-    if last_end is not None:
-        return prompt_ids, ids[: last_end + 1]  # what a template writes after the end token is never generated
-    return prompt_ids, ids + [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
-
-
-BLANK, LONG, SAME = "a blank response", "longer than --max_length", "chosen and rejected are the same tokens"
+    # What a template writes after the end token is never generated; a template without one gets the tokenizer's.
+    ended, own = [i for i, token in enumerate(ids) if token in ends], tokenizer.eos_token_id
+    return prompt_ids, ids[: ended[-1] + 1] if ended else ids + [own] * (own is not None)
 
 
 def group_pairs(tokenizer, pairs: list[dict], ends: list[int], args: Args) -> tuple[list[dict], dict[str, int]]:
     """(groups, how many pairs were dropped, by reason); one group a prompt, with each distinct response once:
 
-    {"id", "sequences": [(prompt ids, response ids), …], "pairs": [(chosen, rejected, gap), …], "truncated": how many,
-    "shortened": how many}; `pairs` index into `sequences`. With --loss sft only the preferred responses are kept.
+    {"id", "sequences": rows (prompt ids, response ids), "pairs": [(chosen, rejected, gap), …] by their place among the
+    sequences, "truncated": how many, "shortened": how many}. With --loss sft only the preferred responses are kept.
     """
-    groups: dict[str, dict] = {}
-    encoded: dict[tuple, int | None] = {}  # (prompt, text, truncated) -> its place in the group's sequences
-    dropped = {BLANK: 0, LONG: 0, SAME: 0}
+    groups, encoded, dropped = {}, {}, {BLANK: 0, LONG: 0, SAME: 0}
+    is_sft = args.loss == "sft"
     for pair in pairs:
-        key, sides = json.dumps([pair.get("id"), pair["prompt"]]), ("chosen", "rejected")[: 1 + (args.loss != "sft")]
+        key, sides, indices = json.dumps([pair.get("id"), pair["prompt"]]), ["chosen", "rejected"][: 2 - is_sft], []
         fresh = {"id": pair.get("id"), "sequences": [], "pairs": [], "truncated": 0, "shortened": 0}
-        group, indices = groups.setdefault(key, fresh), []
+        group = groups.setdefault(key, fresh)
         if not all(pair[side]["content"].strip() for side in sides):  # would teach the model to say nothing
             dropped[BLANK] += 1
             continue
+        # The two sides' places among the group's distinct rows; None where a response leaves no room for a prompt.
         for side in sides:
             truncated = bool(pair.get(f"{side}_truncated"))
             response = key, pair[side]["content"], truncated
             if response not in encoded:
-                prompt, ids = encode_response(tokenizer, pair["prompt"], pair[side], truncated, ends)
-                room = args.max_length - len(ids)
-                sequence, encoded[response] = (prompt[-room:], ids), None
-                if room > 0 and sequence not in group["sequences"]:
-                    group["sequences"].append(sequence)
-                    group["truncated"] += truncated
-                    group["shortened"] += len(prompt) > room
-                if room > 0:  # where a template trims, two texts may be the same tokens
-                    encoded[response] = group["sequences"].index(sequence)
-            indices.append(encoded[response])
+                encoded[response] = encode_response(tokenizer, pair["prompt"], pair[side], truncated, ends)
+            prompt, ids = encoded[response]
+            room = args.max_length - len(ids)  # for the prompt, which loses its left
+            row = prompt[-room:], ids
+            if room > 0 and row not in group["sequences"]:  # where a template trims, two texts are the same tokens
+                group["sequences"].append(row)
+                group["truncated"] += truncated
+                group["shortened"] += len(prompt) > room
+            indices.append(group["sequences"].index(row) if room > 0 else None)
+        # What is left is a pair, or with sft just the preferred response.
         if None in indices:
             dropped[LONG] += 1
-        elif args.loss != "sft" and indices[0] == indices[1]:
+        elif not is_sft and indices[0] == indices[1]:
             dropped[SAME] += 1
-        elif args.loss != "sft":
+        elif not is_sft:
             group["pairs"].append((*indices, pair["gap"]))
-    return [g for g in groups.values() if g["pairs"] or (args.loss == "sft" and g["sequences"])], dropped
+    return [group for group in groups.values() if group["sequences" if is_sft else "pairs"]], dropped
 
 
 def set_weights(groups: list[dict], args: Args, mean_gap: float | None) -> float:
     """Puts w_i beside the pairs of every group; returns the mean gap: that given, or that of `groups`."""
     gaps = [gap for group in groups for *_, gap in group["pairs"]]
     mean_gap = sum(gaps) / max(1, len(gaps)) if mean_gap is None else mean_gap
-    weights = pair_weights(gaps, args.alpha, mean_gap) if args.loss == "spa" else torch.ones(len(gaps))
-    stream = iter(weights.tolist())
     for group in groups:
-        group["weights"] = [next(stream) for _ in group["pairs"]]
+        own = [gap for *_, gap in group["pairs"]]
+        group["weights"] = pair_weights(own, args.alpha, mean_gap).tolist() if args.loss == "spa" else [1.0] * len(own)
     return mean_gap
 
 
@@ -334,10 +309,8 @@ def weight_statistics(groups: list[dict]) -> dict[str, float]:
 
 
 def split_prompts(groups: list[dict], args: Args) -> tuple[list[dict], list[dict]]:
-    """(prompts to train on, prompts held out by --eval_fraction).
-
-    Seed and id alone decide, so another δ or filter holds out the same ids, and prompts of one id stay together.
-    """
+    """(prompts to train on, prompts held out by --eval_fraction)."""
+    # Seed and id alone decide: another δ or filter holds out the same ids, and prompts of one id stay together.
     keys = [group["id"] if group["id"] is not None else group["sequences"][0][0] for group in groups]
     draws = [common.derive_seed(args.seed, "eval", key) / 2**63 for key in keys]
     limit = max(args.eval_fraction, min(draws) + 1e-15) if args.eval_fraction else 0.0  # at least one
@@ -364,26 +337,25 @@ def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One optimizer step's loss and its gradient.
+# -------------------------------------------------------------------------- One optimizer step's loss and its gradient.
 
 
 def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
     """(the losses of these prompts: per pair (P,), or for sft per response; metrics per pair).
 
-    logps: (S,) summed log-probabilities of all sequences of `groups`, in order. A group's pairs carry their weight in
-    "weights", and its sequences their reference log-probabilities in "reference".
+    logps: (S,) summed log-probabilities of all sequences of `groups`, in order; what the losses need beside them is in
+    a group's "weights", one a pair, and "reference", one a sequence.
     """
     device = logps.device
-    counts = [len(response) for group in groups for _, response in group["sequences"]]
-    average = logps / torch.tensor(counts, device=device, dtype=logps.dtype)  # log π(y|x) / |y|
+    lengths = torch.tensor([len(response) for _, response in rows_of(groups)], device=device, dtype=logps.dtype)
+    average = logps / lengths  # log π(y|x) / |y|, (S,)
     if args.loss == "sft":
         return -logps, {"logps/chosen": average.detach()}
-    # where each pair's two responses are among all sequences
+    # Where each pair's two responses are among all sequences: two index vectors (P,).
     offsets = itertools.accumulate((len(group["sequences"]) for group in groups), initial=0)
     placed = zip(offsets, groups, strict=False)
     index = [(offset + c, offset + r) for offset, group in placed for c, r, _ in group["pairs"]]
-    chosen, rejected = torch.tensor(index, device=device).T  # each (P,)
+    chosen, rejected = torch.tensor(index, device=device).T
     if args.loss == "dpo":
         reference = torch.tensor([value for group in groups for value in group["reference"]], device=device)
         losses = dpo_loss(logps[chosen], logps[rejected], reference[chosen], reference[rejected], args.beta)
@@ -395,58 +367,50 @@ def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[t
     rewards, average = rewards.detach(), average.detach()
     margins = rewards[chosen] - rewards[rejected]
     values = rewards[chosen], rewards[rejected], margins, (margins > 0).float(), average[chosen], average[rejected]
-    return losses, dict(zip(METRICS[False], values, strict=True))
+    return losses, dict(zip(PAIR_METRICS, values, strict=True))
 
 
-def denominator_of(groups: list[dict], args: Args) -> float:
+def denominator_of(groups: list[dict], args: Args) -> int:
     """What the summed losses are divided by: pairs, or for sft response tokens."""
     if args.loss == "sft":
-        return sum(len(response) for group in groups for _, response in group["sequences"])
+        return sum(len(response) for _, response in rows_of(groups))
     return sum(len(group["pairs"]) for group in groups)
 
 
-def rows_of(groups: list[dict]) -> list[tuple]:
-    return [row for group in groups for row in group["sequences"]]
-
-
 def backward_step(accelerator, model, groups: list[dict], args: Args, denominator: float) -> dict[str, float]:
-    """The gradient of Σ losses / denominator over the prompts of one step; returns the metrics' sums.
-
-    A pass holds whole prompts, for the loss couples all responses of a prompt: at most --tokens_per_batch, or one
-    larger prompt. Every process takes its share of the prompts; all make equally many passes and calls (what is missing
-    counts 0), since sharded weights are gathered by all of them together.
-    """
+    """The gradient of Σ losses / denominator over the prompts of one step; returns the metrics' sums."""
+    # Every process takes its share of the prompts. A pass holds whole prompts, for the loss couples all responses of
+    # one: at most --tokens_per_batch, or a single larger prompt.
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    shares = [groups[r::world] for r in range(world)]
-    plans = [pack([[width_of(row) for row in rows_of([g])] for g in share], args.tokens_per_batch) for share in shares]
-    plans = [[[share[i] for i in members] for members in plan] for share, plan in zip(shares, plans, strict=True)]
-    sums = torch.zeros(1 + len(METRICS[args.loss == "sft"]), device=device)
-    # FSDP reduces in every pass, for whole gradients would not fit
-    delay = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    for number in range(max(map(len, plans))):
-        chosen = plans[rank][number] if number < len(plans[rank]) else []
+    names = SFT_METRICS if args.loss == "sft" else PAIR_METRICS
+    plans, sums = [], torch.zeros(1 + len(names), device=device)
+    for share in (groups[r::world] for r in range(world)):
+        bins = pack([[width_of(row) for row in group["sequences"]] for group in share], args.tokens_per_batch)
+        plans.append([[share[i] for i in members] for members in bins])
+    # DDP sums the gradients in the last pass; FSDP in every pass, for whole gradients would not fit.
+    delay, last = accelerator.distributed_type.value in ("MULTI_GPU", "MULTI_CPU"), max(map(len, plans)) - 1
+    for number in range(last + 1):
+        # All processes make equally many passes and calls, since they gather sharded weights together. One that has
+        # no prompts left reads some row, which counts 0.
+        own = plans[rank][number] if number < len(plans[rank]) else []
         widths = [[[width_of(row)] for row in rows_of(plan[number])] for plan in plans if number < len(plan)]
         calls = max(len(pack(rows, CALL_TOKENS[device.type])) for rows in widths)
-        is_last = number == max(map(len, plans)) - 1
-        with accelerator.no_sync(model) if delay and not is_last else contextlib.nullcontext():
-            logps = model(rows_of(chosen) or groups[0]["sequences"][:1], calls)
+        with accelerator.no_sync(model) if delay and number < last else contextlib.nullcontext():
+            logps = model(rows_of(own) or groups[0]["sequences"][:1], calls)
             loss = 0.0 * logps.sum()
-            if chosen:
-                losses, metrics = group_losses(chosen, logps, args)
-                loss = losses.sum() / denominator
-                sums += torch.stack([losses.detach().sum(), *(metrics[name].sum() for name in metrics)])
+            if own:
+                losses, metrics = group_losses(own, logps, args)
+                loss = losses.sum() / denominator  # equation 3's mean over the pairs of the whole step
+                sums += torch.stack([losses.detach().sum(), *(metrics[name].sum() for name in names)])
             accelerator.backward(loss * world)  # the processes' gradients are averaged, ours are summed
-    return dict(zip(["loss", *METRICS[args.loss == "sft"]], accelerator.reduce(sums, "sum").tolist(), strict=True))
+    return dict(zip(["loss", *names], accelerator.reduce(sums, "sum").tolist(), strict=True))
 
 
 def all_logps(accelerator, model, groups: list[dict]) -> list[torch.Tensor]:
-    """Summed log-probabilities of every group's sequences, without gradient, on every process; float32, CPU.
-
-    The processes share the work; each makes as many calls as the busiest.
-    """
-    rows = rows_of(groups)
+    """Summed log-probabilities of every group's sequences, without gradient, on every process; float32, CPU."""
+    # The processes share the bins in turn; where they don't come out even, some repeat the last bin for nothing.
+    rows, rank, world = rows_of(groups), accelerator.process_index, accelerator.num_processes
     bins = pack([[width_of(row)] for row in rows], CALL_TOKENS[accelerator.device.type])
-    rank, world = accelerator.process_index, accelerator.num_processes
     result, rounds = torch.zeros(len(rows), device=accelerator.device), range(0, len(bins), world)
     with torch.no_grad():
         for start in tqdm(rounds, desc="06 log-probabilities", unit="batch", leave=False, disable=rank > 0):
@@ -471,153 +435,144 @@ def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rat
     """One optimizer step on the prompts of `batch`; returns its metrics. UserError if it is not finite."""
     if args.gap_mean == "batch":
         set_weights(batch, args, None)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     denominator = denominator_of(batch, args)
     sums = backward_step(accelerator, model, batch, args, denominator)
+    # Before anything moves: is it finite? A sharded gradient's norm comes in parts.
     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    ids = ", ".join(str(group["id"]) for group in batch)
-    finite = math.isfinite(sums["loss"]) and math.isfinite(norm)
+    ids, finite = ", ".join(str(group["id"]) for group in batch), math.isfinite(sums["loss"]) and math.isfinite(norm)
     check(finite, f"the loss is not finite; the prompts of this step: {ids}; lower --learning_rate?")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    count = sum(len(group["sequences"]) for group in batch) if args.loss == "sft" else denominator
+    # The metrics are means over pairs or responses; the loss of sft is one over tokens.
+    count = len(rows_of(batch)) if args.loss == "sft" else denominator
     metrics = {name: value / count for name, value in sums.items()} | {"loss": sums["loss"] / denominator}
     statistics = weight_statistics(batch) if args.loss == "spa" else {}
     return metrics | statistics | {"grad_norm": norm, "learning_rate": rate}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model: prepared for training, and saved.
-
-
-def keep_products(context, operation, *args, **options) -> CheckpointPolicy:
-    """What a layer keeps for its backward pass on a CPU: results of matrix products and attention, the dear parts."""
-    dear = any(word in str(operation) for word in ("mm.", "dot_product"))
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def add_adapter(model, args: Args) -> None:
-    """Puts a LoRA adapter beside every linear layer and freezes the rest; the adapter begins as 0, in float32."""
-    check(importlib.util.find_spec("peft"), "--lora_rank needs peft: python -m pip install peft")
-    import peft
-
-    torch.manual_seed(args.seed)  # its first factor is random: the same on every process
-    config = peft.LoraConfig(r=args.lora_rank, lora_alpha=LORA_ALPHA * args.lora_rank, target_modules=LORA_TARGETS)
-    peft.inject_adapter_in_model(config, model)
-    for weight in model.parameters():
-        weight.data = weight.data.float() if weight.requires_grad else weight.data
+# ------------------------------------------------- The model: prepared for training, asked, saved; and its checkpoints.
 
 
 def prepare(accelerator, model, args: Args):
     """(model, optimizer) under accelerate: trained weights in float32, whatever precision computes; no dropout."""
-    plain, on_cpu = model, accelerator.device.type == "cpu"
+    if args.lora_rank:
+        check(importlib.util.find_spec("peft"), "--lora_rank needs peft: python -m pip install peft")
+        import peft
+
+        # An adapter beside every linear layer, all else frozen. It begins as 0; of its two factors the first is
+        # random, so it is drawn alike on every process. Trained weights are float32, also under a bfloat16 base.
+        torch.manual_seed(args.seed)
+        rank, alpha = args.lora_rank, LORA_ALPHA * args.lora_rank
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS), model)
+        for weight in model.parameters():
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
+
+    def keep(context, operation, *args, **options) -> CheckpointPolicy:
+        dear = any(word in str(operation) for word in ("mm.", "dot_product"))  # matrix products and attention
+        return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
     def layer_contexts():  # of the forward pass and of what is computed again in the backward pass
-        if args.gradient_checkpointing or plain.exceeds:
+        if args.gradient_checkpointing or model.exceeds:
             return contextlib.nullcontext(), contextlib.nullcontext()  # everything
-        return create_selective_checkpoint_contexts(keep_products)
+        return create_selective_checkpoint_contexts(keep)
 
-    if args.gradient_checkpointing or on_cpu:
+    # On a CPU the cheap parts of each layer (norms, activations) are computed again in the backward pass, at a few
+    # percent of the time: of 3.5 to 4.3 GiB that a run took, this saved 0.4 to 0.5.
+    if args.gradient_checkpointing or accelerator.device.type == "cpu":
         newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later transformers
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False, "context_fn": layer_contexts})
         for module in model.modules():  # what is recomputed must be in training mode; dropout stays off
             module.training = getattr(module, "gradient_checkpointing", False)
-    # wrappers around the model see one call for all batches of a pass
+    # Wrappers around the model see one call for all batches of a pass.
     model.forward = functools.partial(response_logps, model, kept_tokens=args.tokens_per_batch)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    exact = all(weight.dtype == torch.float32 for weight in model.parameters() if weight.requires_grad)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    exact = all(weight.dtype == torch.float32 for weight in wrapped.parameters() if weight.requires_grad)
     check(exact, "the weights are not in float32 after accelerator.prepare; launch with a file of configs/")
-    return model, optimizer
+    return wrapped, optimizer
 
 
 def answer(accelerator, model, tokenizer, prompt: list[dict]) -> str:
-    """The model's greedy answer to one prompt: gibberish and stray special tokens are seen at once.
-
-    All processes take part, for sharded weights are gathered by all of them together.
-    """
+    """The model's greedy answer to one prompt; all processes take part, for they gather sharded weights together."""
     ids = common.encode_chat(tokenizer, prompt)
     with accelerator.autocast():
         (sample,) = common.generate(model.eval(), tokenizer, [ids], [0], temperature=0.0, max_new_tokens=64)
     return sample.text[:200]
 
 
-MODEL_CARD = """\
----
+def write_card(args: Args, record: dict, pairs: int, prompts: int) -> str:
+    """The model card: what was trained on what, with names in the place of this machine's paths."""
+    given = Path(args.model), Path(args.output_dir)
+    base, name = (path.name if path.is_absolute() or path.exists() else str(path) for path in given)
+    shown = record["args"] | {"model": base, "output_dir": name}
+    return f"""---
 base_model: {base}
 library_name: transformers
 tags: [alignment, preference-optimization, spa]
 ---
 # {name}
-
-{base}, trained with Self-Priority Alignment (SPA, arXiv 2511.06222), loss `{loss}`, on {pairs} preference
+{base}, trained with Self-Priority Alignment (SPA, arXiv 2511.06222), loss `{args.loss}`, on {pairs} preference
 pairs of {prompts} prompts that the model sampled, scored and refined itself. No human labels.
 It has not been evaluated for any use; what it was trained on decides what it does.
 
-Arguments: `{arguments}`; data: `{data}`; versions: `{versions}`
+Arguments: `{shown}`; data: `{record["inputs"]}`; versions: `{record["versions"]}`
 """
 
 
-def write_card(args: Args, record: dict, pairs: int, prompts: int) -> str:
-    """The model card: what was trained on what, with names in the place of this machine's paths."""
-    base, name = (
-        Path(x).name if Path(x).is_absolute() or Path(x).exists() else x for x in (args.model, args.output_dir)
-    )
-    given = {**record["args"], "model": base, "output_dir": name}
-    facts = {"base": base, "name": name, "loss": args.loss, "pairs": pairs, "prompts": prompts, "arguments": given}
-    return MODEL_CARD.format(**facts, data=record["inputs"], versions=record["versions"])
-
-
-def one_of_all(message: str) -> UserError:
-    """An error that one process of several may meet alone: whoever meets it says so."""
-    error = UserError(message)
-    error.of_all_processes = False
-    return error
+@contextlib.contextmanager
+def told_in_one_line(errors, message: str, *words: str):
+    """Errors of libraries, those with one of `words` if any are given, become one line; … in it is what they say."""
+    try:
+        yield
+    except errors as error:
+        if words and not any(word in str(error) for word in words):
+            raise
+        failure = UserError(message.replace("…", common.first_line(error)))
+        failure.of_all_processes = False  # one of several may meet it alone: whoever meets it says so
+        raise failure from None
 
 
 @contextlib.contextmanager
 def replace_folder(accelerator, folder: Path):
-    """Yields a folder beside `folder` for all processes to write in; whole and on disk, it takes its place.
-
-    UserError if it can't be written; what was there before is kept.
-    """
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    if accelerator.is_main_process:
+    """Yields a folder beside `folder` for all processes to write in; whole and on disk, it takes its place."""
+    partial, is_main = folder.with_name(f".{folder.name}.partial"), accelerator.is_main_process
+    if is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    try:
-        yield partial
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face for every writer
-        shutil.rmtree(partial, ignore_errors=True)
-        after = "the last one is kept; make room and run the same command again"
-        raise one_of_all(f"{folder} can't be written: {common.first_line(error)}; {after}") from None
+    # A full disk has a face for every writer. What was there before is kept.
+    line = f"{folder} can't be written: …; the last one is kept; make room and run the same command again"
+    with told_in_one_line((OSError, RuntimeError, SafetensorError), line):
+        try:
+            yield partial
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in partial.iterdir():
-            path.chmod(0o644)  # safetensors writes for its owner alone
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
+    # On disk first, then in place. After a kill between the two lines that do it, the last checkpoint makes it again.
+    for path in partial.iterdir() if is_main else []:
+        path.chmod(0o644)  # safetensors writes for its owner alone
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if is_main:
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
 def speak_older(folder: Path) -> None:
-    """Adds the names by which transformers 4.5x, in older servers, finds the same values in a config."""
+    """Adds the names by which transformers 4.5x, in older servers, finds the same values in the two configs."""
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         values = json.loads(path.read_text(encoding="utf-8"))
-        rope = values.get("rope_parameters") or {}
+        rope = dict(values.get("rope_parameters") or {})
         if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-            if rope.get("rope_type", "default") != "default":
-                values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+            values["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            values["rope_scaling"] = rope
         if "dtype" in values:
             values["torch_dtype"] = values["dtype"]
         if values.get("tokenizer_class") == "TokenizersBackend":
@@ -628,25 +583,20 @@ def speak_older(folder: Path) -> None:
 
 
 def save_model(accelerator, model, tokenizer, folder: Path, card: str, args: Args) -> tuple[float, float]:
-    """Writes the checkpoint that others load: an untouched model in float32 with the trained weights put in.
-
-    All processes take part. Returns (the share of the weights that training changed, the share of those whose value
-    in bfloat16 changed too).
-    """
-    state, changed, survived, total = {}, 0, 0, 1
-    for name, value in accelerator.get_state_dict(model).items():
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # gathered by all together
-        if accelerator.is_main_process:
-            state[name] = value.detach().cpu()
+    """Writes the model; returns (share of the weights that training changed, share of those that bfloat16 keeps)."""
+    gathered, changed, survived, total = accelerator.get_state_dict(model), 0, 0, 1  # by all processes together
     with replace_folder(accelerator, folder) as partial:
         if accelerator.is_main_process:
+            # What is saved is an untouched model in float32 with the trained weights put in; what an adapter has learnt
+            # is added to it, in float32 too, whatever type the base had in training.
             plain = common.load_model(args.model, "float32", "cpu")
             weights = plain.state_dict()
-            layers = accelerator.unwrap_model(model).named_modules()
-            adapters = {f"{name}.weight": layer for name, layer in layers if hasattr(layer, "get_delta_weight")}
-            if adapters:  # merged in float32, whatever the base was
-                deltas = {name: layer.get_delta_weight("default").detach().float() for name, layer in adapters.items()}
-                state = {name: old + deltas[name].cpu() if name in deltas else old for name, old in weights.items()}
+            state = dict(weights) if args.lora_rank else {name: value.cpu() for name, value in gathered.items()}
+            if args.lora_rank:
+                for name, layer in accelerator.unwrap_model(model).named_modules():
+                    if hasattr(layer, "get_delta_weight"):
+                        delta = layer.get_delta_weight("default").detach().float().cpu()
+                        state[f"{name}.weight"] = weights[f"{name}.weight"] + delta
             odd = sorted(state.keys() ^ weights.keys())[:2]
             check(not odd, f"the trained weights are not those of {type(plain).__name__}: {', '.join(odd)}")
             for name, old in plain.named_parameters():
@@ -664,32 +614,27 @@ def save_model(accelerator, model, tokenizer, folder: Path, card: str, args: Arg
     return changed / total, survived / max(1, changed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints to resume from.
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints, the newest last; whatever else lies there is left alone."""
     return sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Removes the stage's own folders in `folder`, and `folder` unless others have put something there."""
+    for path in [*checkpoints_in(folder), *folder.glob(".*.partial")]:
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def save_checkpoint(accelerator, folder: Path, progress: dict) -> None:
     """Writes weights, optimizer and `progress` into folder/STEP; the one before goes after it is whole."""
-    target = folder / f"{progress['step']:06d}"
-    with replace_folder(accelerator, target) as partial:
+    with replace_folder(accelerator, folder / f"{progress['step']:06d}") as partial:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             (partial / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-    if accelerator.is_main_process:
-        for other in checkpoints_in(folder)[:-1]:
-            shutil.rmtree(other)
-
-
-def remove_checkpoints(folder: Path) -> None:
-    for path in [*checkpoints_in(folder), *folder.glob(".*.partial"), *folder.glob(".*.old")]:
-        shutil.rmtree(path)
-    with contextlib.suppress(OSError):  # it may hold what others have put there
-        folder.rmdir()
+    for other in checkpoints_in(folder)[:-1] if accelerator.is_main_process else []:
+        shutil.rmtree(other)
 
 
 def find_checkpoint(folder: Path, call: int, launch: str) -> tuple[Path | None, dict]:
@@ -697,49 +642,47 @@ def find_checkpoint(folder: Path, call: int, launch: str) -> tuple[Path | None, 
     path = max(checkpoints_in(folder), default=None)
     if path is None:
         return None, {}
-    broken = f"{path} is no whole checkpoint: remove that folder to go on without it"
-    check((path / "progress.json").is_file(), broken)
-    progress = common.parse_json((path / "progress.json").read_text(encoding="utf-8", errors="replace"), broken)
+    broken, file = f"{path} is no whole checkpoint: remove that folder to go on without it", path / "progress.json"
+    progress = common.parse_json(file.read_text(errors="replace") if file.is_file() else "", broken)
     check(isinstance(progress, dict) and {"call", "launch", "step", "log_bytes"} <= progress.keys(), broken)
-    was = progress["launch"]
-    check(was == launch, f"{path} was written by {was}, this is {launch}: launch as before, or remove {folder}")
+    hint = f"{path} was written by {progress['launch']}, this is {launch}: launch as before, or remove {folder}"
+    check(progress["launch"] == launch, hint)
     return (path, progress) if progress["call"] == call else (None, {})  # else of a run that --overwrite has ended
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage.
+# ----------------------------------------------------------------------------------------------------------- The stage.
 
 
 def check_args(args: Args) -> None:
-    positive = ("alpha", "beta", "learning_rate", "epochs", "batch_size", "max_length", "tokens_per_batch")
-    for name in (*positive, "max_grad_norm"):  # a norm clipped to 0 would train nothing, silently
-        value = getattr(args, name)
-        check(value is None or value > 0, f"--{name} {value}: more than 0 is wanted")
+    """What can be seen before anything is read."""
+    positive = {"alpha", "beta", "learning_rate", "epochs", "batch_size", "max_length", "tokens_per_batch"}
+    positive.add("max_grad_norm")  # a norm clipped to 0 would train nothing, silently
+    for name, value in asdict(args).items():
+        check(name not in positive or value is None or value > 0, f"--{name} {value}: more than 0 is wanted")
+        share = name not in ("warmup_ratio", "eval_fraction") or 0 <= value < 1
+        check(share, f"--{name} {value}: from 0 to below 1 is wanted")
     common.check_at_least(args, 0, "gamma_beta_ratio", "weight_decay", "save_steps", "eval_steps", "lora_rank")
-    for name in ("warmup_ratio", "eval_fraction"):
-        value = getattr(args, name)
-        check(0 <= value < 1, f"--{name} {value}: from 0 to below 1 is wanted")
     check(args.lora_rank or args.base_dtype == "float32", "--base_dtype bfloat16 is for --lora_rank: full training is")
-    missing = args.tracker and importlib.util.find_spec(args.tracker) is None
-    check(not missing, f"--tracker {args.tracker}: it is not installed; python -m pip install {args.tracker}")
+    there = not args.tracker or importlib.util.find_spec(args.tracker)
+    check(there, f"--tracker {args.tracker}: it is not installed; python -m pip install {args.tracker}")
     if args.gamma_beta_ratio > 1.6:
         common.warn(f"--gamma_beta_ratio {args.gamma_beta_ratio:g} is above 1.6; it is γ/β, not γ")
 
 
 def make_accelerator(args: Args, folder: Path) -> Accelerator:
     """What `accelerate launch` asked for, as far as the stage supports it."""
-    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()
-    check(dynamo in ("NO", ""), f"dynamo ({dynamo}) is not supported: launch with a file of configs/")
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() or "NO"
+    check(dynamo == "NO", f"dynamo ({dynamo}) is not supported: launch with a file of configs/")
     options = {"cpu": not torch.cuda.is_available(), "log_with": args.tracker, "project_dir": str(folder.parent)}
+    # With FSDP and bf16, accelerate's own policy would round our sums and the reduced gradients to bfloat16.
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-        # accelerate's own policy would round our sums and the reduced gradients to bfloat16
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
     accelerator = Accelerator(**options)
-    kind, precision = accelerator.distributed_type, accelerator.mixed_precision
-    supported = kind in LAUNCHES and precision in ("no", "bf16") and not (args.lora_rank and kind.value == "FSDP")
-    what = f"{kind.value} with mixed precision {precision}" + (" and --lora_rank" if args.lora_rank else "")
-    check(supported, f"{what} is not supported; see configs/")
+    kind, precision = accelerator.distributed_type.value, accelerator.mixed_precision
+    kinds = ("NO", "MULTI_GPU", "MULTI_CPU") if args.lora_rank else ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
+    what = f"{kind} with mixed precision {precision}" + (" and --lora_rank" if args.lora_rank else "")
+    check(kind in kinds and precision in ("no", "bf16"), f"{what} is not supported; see configs/")
     threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count()
     if accelerator.device.type == "cpu" and threads < cores:  # accelerate launch allows one unless asked
         hint = "accelerate launch --num_cpu_threads_per_process N, or OMP_NUM_THREADS"
@@ -747,32 +690,17 @@ def make_accelerator(args: Args, folder: Path) -> Accelerator:
     return accelerator
 
 
-@contextlib.contextmanager
-def memory_errors():
-    """Running out of memory becomes one line that says what to try."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
-            raise
-        hint = "try --gradient_checkpointing, a smaller --max_length, or --lora_rank 16"
-        raise one_of_all(f"out of memory: {hint}") from None
-
-
-@memory_errors()
+@told_in_one_line(RuntimeError, OUT_OF_MEMORY, "out of memory", "allocate memory")
 def main(args: Args) -> None:
     # Where things are. A link is followed now, so that the folder behind it can be replaced as a whole.
-    run_dir = Path(args.run_dir)
-    source, named = run_dir / "05_pairs.jsonl", Path(args.output_dir or run_dir / "06_model")
+    run_dir, args.output_dir = Path(args.run_dir), args.output_dir or str(Path(args.run_dir) / "06_model")
+    source, named = run_dir / "05_pairs.jsonl", Path(args.output_dir)
     stem, folder = named.name.removesuffix("_model"), named.resolve()
-    metrics_file, record_file, checkpoints = (
-        named.with_name(f"{stem}_{name}") for name in ("metrics.jsonl", "args.json", "checkpoints")
-    )
-    args.output_dir = str(named)
+    names = ("metrics.jsonl", "args.json", "checkpoints")
+    metrics_file, record_file, checkpoints = (named.with_name(f"{stem}_{name}") for name in names)
     args.beta = args.beta if args.beta is not None else 0.01 if args.loss == "dpo" else 2.0
     check_args(args)
     check(not folder.is_file(), f"--output_dir {named} is a file; a folder is wanted")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(args, named)
     first_process, device = accelerator.is_main_process, accelerator.device
     args.tokens_per_batch = args.tokens_per_batch or (1536 if device.type == "cpu" else 8192)
@@ -783,19 +711,20 @@ def main(args: Args) -> None:
     made = common.made_by(source)
     common.inherit(args, made, "01", "model", "chat_template")
     check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
-    record = common.begin(
-        args, "06_train", [metrics_file, named], made, record_file, **{source.name: source, "loss": args.loss}
-    )
+    record = common.begin(args, "06_train", [metrics_file, named], made, record_file, **{source.name: source})
     if record["complete"]:
         accelerator.print(f"{named} is complete already; --overwrite trains again")
         return
+
+    # Where to go on. A checkpoint is taken only by the call that wrote it, on as many processes of the same kind.
     compared = {field.name: record["args"].get(field.name) for field in fields(args) if not field.metadata["free"]}
     call = common.derive_seed(compared, record["inputs"])
     launch = f"{accelerator.num_processes} processes ({accelerator.distributed_type.value})"
     if args.overwrite and first_process:
         remove_checkpoints(checkpoints)
     accelerator.wait_for_everyone()
-    checkpoint_path, progress = find_checkpoint(checkpoints, call, launch)
+    checkpoint, progress = find_checkpoint(checkpoints, call, launch)
+    done = progress.get("step", 0)
 
     # The pairs, the weights and the order of the steps: the same on every process.
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
@@ -805,127 +734,116 @@ def main(args: Args) -> None:
     everything, dropped = group_pairs(tokenizer, pairs, common.end_token_ids(tokenizer, model), args)
     check(everything, f"no pair is left: {', '.join(f'{n} {why}' for why, n in dropped.items() if n)}")
     groups, held_out = split_prompts(everything, args)
-    steps = plan_steps(len(groups), args)
+    steps = [[groups[g] for g in step] for step in plan_steps(len(groups), args)]
     mean_gap = set_weights(groups, args, None)
     for step in steps if args.loss == "spa" and args.gap_mean == "batch" else []:
-        gaps = [gap for g in step for *_, gap in groups[g]["pairs"]]
-        check(sum(gaps) > 0, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")
-    gamma, used = args.beta * args.gamma_beta_ratio, len(pairs) - sum(dropped.values())
+        differ = any(gap for group in step for *_, gap in group["pairs"])
+        check(differ, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")
+
+    # The first lines say what will be done, and what of the responses will not be taught.
+    used, responses = len(pairs) - sum(dropped.values()), len(rows_of(everything))
     common.announce(
         "06 train", f"loss {args.loss}", f"model {args.model}", f"{used} pairs", f"{len(everything)} prompts",
-        f"{len(steps)} steps", f"learning rate {args.learning_rate:g}",
-        f"β {args.beta:g}, γ {gamma:g}, γ/β {args.gamma_beta_ratio:g}",
+        f"{len(steps)} steps", f"learning rate {args.learning_rate:g}", f"β {args.beta:g}",
+        f"γ {args.beta * args.gamma_beta_ratio:g}, γ/β {args.gamma_beta_ratio:g}",
         f"LoRA rank {args.lora_rank} on {args.base_dtype}" if args.lora_rank else "",
     )  # fmt: skip
     accelerator.print(f"processes: {accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}")
-    responses = sum(len(group["sequences"]) for group in everything)
-    if truncated := sum(group["truncated"] for group in everything):
+    truncated, shortened = (sum(group[name] for group in everything) for name in ("truncated", "shortened"))
+    if truncated:
         share = f"{truncated} of {responses} responses ({truncated / responses:.0%})"
         common.warn(f"{share} were cut at the length limit: they are taught without an end token")
-    if shortened := sum(group["shortened"] for group in everything):
+    if shortened:
         common.warn(f"{shortened} responses leave too little of --max_length for their prompts, which lose their left")
 
     # The model under training. Its answer before is kept, to be read beside the one after.
-    done = progress.get("step", 0)
     asked = pairs[0]["prompt"]
     before_answer = progress.get("answer") or answer(accelerator, model, tokenizer, asked)
-    if args.lora_rank:
-        add_adapter(model, args)
     model, optimizer = prepare(accelerator, model, args)
     if args.tracker:
         config = {name: value if value is not None else "default" for name, value in asdict(args).items()}
-        options = {"tensorboard": {"purge_step": done + 1}} if done else {}
-        accelerator.init_trackers(stem, config, options)
-
-    # Before training: dpo's frozen reference, and the metrics of the prompts that are measured.
-    every = math.ceil(len(groups) / MEASURED_PROMPTS)
-    prefix, measured = ("eval", held_out) if held_out else ("train", groups[::every])
+        accelerator.init_trackers(stem, config, {"tensorboard": {"purge_step": done + 1}} if done else {})
+    measured = held_out or groups[:: math.ceil(len(groups) / MEASURED_PROMPTS)]
 
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
-        return total_metrics(measured, all_logps(accelerator, model, measured), args, prefix)
+        logps = all_logps(accelerator, model, measured)
+        return total_metrics(measured, logps, args, "eval" if held_out else "train")
 
-    if checkpoint_path:
-        accelerator.print(f"going on from step {done} of {len(steps)} ({checkpoint_path})")
-        try:
-            accelerator.load_state(str(checkpoint_path))
-        except Exception as error:  # cut files: every reader has errors of its own
-            broken = f"{checkpoint_path} can't be read ({common.first_line(error)})"
-            raise one_of_all(f"{broken}: remove that folder to go on without it") from None
+    # Before training: dpo's frozen reference, and the metrics of the prompts that are measured; or all that as it was.
+    if checkpoint:
+        accelerator.print(f"going on from step {done} of {len(steps)} ({checkpoint})")
+        with told_in_one_line(Exception, f"{checkpoint} can't be read (…): remove that folder to go on without it"):
+            accelerator.load_state(str(checkpoint))  # of cut files every reader has errors of its own
         for group, reference in zip(everything, progress["reference"], strict=True):
             group["reference"] = reference
     else:
         if args.loss == "dpo":  # an adapter still adds 0, so this is the base's with it too
             for group, values in zip(everything, all_logps(accelerator, model, everything), strict=True):
                 group["reference"] = values.tolist()
-        progress = {"step": 0, "launch": launch, "call": call, "num_tokens": 0, "log_bytes": 0, "answer": before_answer}
+        progress = {"launch": launch, "call": call, "num_tokens": 0, "log_bytes": 0, "answer": before_answer}
         progress |= {"before": measure(), "reference": [group.get("reference") for group in everything]}
 
-    started, tokens, trained_pairs = time.monotonic(), 0, 0
-    with (
-        open(metrics_file if first_process else os.devnull, "a", encoding="utf-8") as log,
-        tqdm(total=len(steps), initial=done, desc="06 train", unit="step", disable=not first_process) as bar,
-    ):
+    # Training: one row of metrics a step. Rows behind the checkpoint are written again.
+    started, tokens_before = time.monotonic(), progress["num_tokens"]
+    bar = tqdm(total=len(steps), initial=done, desc="06 train", unit="step", disable=not first_process)
+    with open(metrics_file if first_process else os.devnull, "a", encoding="utf-8") as log, bar:
 
-        def write(row: dict) -> None:
-            log.write(common.dump_row(row))
+        def write(step: int, row: dict) -> None:
+            log.write(common.dump_row({"step": step} | row))
             log.flush()
-            accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+            accelerator.log(row, step=step)
 
         if first_process:
-            log.truncate(min(progress["log_bytes"], metrics_file.stat().st_size))  # later rows come again
+            log.truncate(min(progress["log_bytes"], metrics_file.stat().st_size))
         if not done:
-            write({"step": 0, **progress["before"]})
-        for number, step in enumerate(steps[done:], done + 1):
-            batch = [groups[g] for g in step]
+            write(0, progress["before"])
+        for number, batch in enumerate(steps[done:], done + 1):
             rate = args.learning_rate * learning_rate_factor(number - 1, len(steps), args.warmup_ratio)
             metrics = train_step(accelerator, model, optimizer, batch, args, rate)
-            count = sum(width_of(row) for group in batch for row in group["sequences"])
-            tokens, progress["num_tokens"] = tokens + count, progress["num_tokens"] + count
-            trained_pairs += sum(len(group["pairs"]) or len(group["sequences"]) for group in batch)
-            epoch = number * args.epochs / len(steps)
-            write({"step": number, "epoch": epoch, **metrics, "num_tokens": progress["num_tokens"]})
-            shown = {"loss": f"{metrics['loss']:.4f}"}
-            shown["tokens/s"] = f"{tokens / max(1e-9, time.monotonic() - started):.0f}"
-            if args.loss != "sft":
-                shown |= {"margin": f"{metrics['rewards/margins']:.3f}", "acc": f"{metrics['rewards/accuracies']:.2f}"}
+            progress["num_tokens"] += sum(map(width_of, rows_of(batch)))
+            epoch = {"epoch": number * args.epochs / len(steps)}
+            write(number, epoch | metrics | {"num_tokens": progress["num_tokens"]})
+            shown = {name.split("/")[-1]: f"{metrics[name]:.4f}" for name in ("loss", *REWARDS[2:]) if name in metrics}
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            is_last = number == len(steps)
-            if held_out and number % (args.eval_steps or len(steps) // args.epochs) == 0 and not is_last:
-                write({"step": number, "epoch": epoch, **measure()})
-            if args.save_steps and number % args.save_steps == 0 and not is_last:
+            # After the last step comes the whole model in the place of a checkpoint, and the last evaluation anyhow.
+            if number == len(steps):
+                break
+            if held_out and number % (args.eval_steps or len(steps) // args.epochs) == 0:
+                write(number, epoch | measure())
+            if args.save_steps and number % args.save_steps == 0:
                 progress |= {"step": number, "log_bytes": log.tell()}
                 save_checkpoint(accelerator, checkpoints, progress)
         seconds = max(1e-9, time.monotonic() - started)
-        set_weights(groups, args, mean_gap)
         after = measure()
-        write({"step": len(steps), "epoch": args.epochs, **after})
+        write(len(steps), {"epoch": args.epochs} | after)
 
     # The model, then its record, then what a person wants to know.
     optimizer = accelerator.free_memory(optimizer)
     shares = save_model(accelerator, model, tokenizer, folder, write_card(args, record, used, len(everything)), args)
+    plain = accelerator.unwrap_model(model)
+    del plain.forward  # the class's own again
     if first_process:
-        speed = {"seconds": seconds, "pairs": trained_pairs, "tokens": tokens}
+        trained = [group for step in steps[done:] for group in step]
+        count = len(rows_of(trained)) if args.loss == "sft" else sum(len(group["pairs"]) for group in trained)
+        speed = {"seconds": seconds, "pairs": count, "tokens": progress["num_tokens"] - tokens_before}
         common.finish(record, common.count_lines(metrics_file), speed=speed)
         remove_checkpoints(checkpoints)
         common.show_funnel("06 train", ("pairs in", len(pairs)), {k: n for k, n in dropped.items() if n}, "pairs used")
         print(f"  prompts: {len(everything)} ({len(held_out)} held out), distinct responses: {responses}")
+        set_weights(groups, args, mean_gap)
         title = f"over {len(measured)} {'held-out' if held_out else 'training'} prompts"
         report(args, groups, title, progress["before"], after, speed, shares)
-    plain = accelerator.unwrap_model(model)
-    del plain.forward  # the class's own again
     after_answer = answer(accelerator, plain, tokenizer, asked)
-    if first_process:
-        print(f"  asked: {asked[-1]['content'][:100]!r}")
-        print(f"  before training: {before_answer!r}\n  the trained model: {after_answer!r}")
-        print(f"wrote {named} and {metrics_file.name}")
-        test = f"{run_dir}/test_{named.name.removeprefix('06_')}"
-        print(f"next: python 01_sample.py --model {named} --split test --run_dir {test}")
+    accelerator.print(f"  asked: {asked[-1]['content'][:100]!r}\n  before training: {before_answer!r}")
+    accelerator.print(f"  the trained model: {after_answer!r}\nwrote {named} and {metrics_file.name}")
+    test = f"{run_dir}/test_{named.name.removeprefix('06_')}"
+    accelerator.print(f"next: python 01_sample.py --model {named} --split test --run_dir {test}")
     accelerator.end_training()
 
 
-def report(args: Args, groups, title: str, before: dict, after: dict, speed: dict, shares) -> None:
+def report(args: Args, groups, title: str, before: dict, after: dict, speed: dict, shares: tuple) -> None:
     """Prints how fast it was, the metrics over the measured prompts before and after, and what bfloat16 would keep."""
     if args.loss == "spa":
         effective, zero = weight_statistics(groups).values()
@@ -937,13 +855,9 @@ def report(args: Args, groups, title: str, before: dict, after: dict, speed: dic
     print(f"  {title:<26}{'before':>10}{'after':>10}")
     for name, value in after.items():
         print(f"  {name.partition('/')[2]:<26}{before[name]:>10.4f}{value:>10.4f}")
-    print("  (a falling rewards/chosen is usual: only its difference to rewards/rejected is trained)")
+    # A reader in bfloat16 sees only those of the changes that are large enough for it.
     changed, survived = shares
-    print(
-        f"  training changed {changed:.0%} of the weights; {survived:.0%} of them differ in bfloat16 too: read in",
-        end="",
-    )
-    print(" bfloat16, only those have been trained")
+    print(f"  training changed {changed:.0%} of the weights; {survived:.0%} of them differ in bfloat16 too")
     if changed and survived < 0.5:
         keep = "" if args.save_dtype == "float32" else "save with --save_dtype float32, "
         more = f"{keep}answer with --dtype float32, or train longer or at a higher --learning_rate"
