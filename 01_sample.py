@@ -59,15 +59,10 @@ class Args(common.ModelArgs):
     model: str = arg(common.DEFAULT_MODEL, "hub name, local folder, or the name at the server", free=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts: any file or known data set becomes [{"id", "prompt"}, …].
-
-
 def read_table(path: Path) -> list[tuple[str, dict]]:
     """(where, row) for the rows of a JSON (array), JSONL, CSV, Parquet or text file; `where` is for messages."""
     check(path.is_file(), f"--prompts {path}: no such file, nor one of {', '.join([*HUB, *FILES])}")
-    kind = path.suffix.lower()
-    known = (".json", ".jsonl", ".csv", ".parquet", ".txt", "")
+    kind, known = path.suffix.lower(), (".json", ".jsonl", ".csv", ".parquet", ".txt", "")
     check(kind in known, f"{path}: one of {' '.join(known[:-1])} is wanted")
     if kind == ".parquet":
         import datasets
@@ -78,38 +73,32 @@ def read_table(path: Path) -> list[tuple[str, dict]]:
             raise UserError(f"{path}: not a readable Parquet file ({common.first_line(error)})") from None
         numbered = [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
     elif kind == ".csv":
-        numbered = list(read_csv(path))
+        csv.field_size_limit(1 << 30)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                table = [(f"{path}, line {reader.line_num}", fields) for fields in reader if fields]
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise UserError(f"{path}, after line {reader.line_num}: broken CSV ({error})") from None
+        header = table[0][1] if table else []
+        check(len(set(header)) == len(header), f"{path}: the header has a name twice: {', '.join(header)}")
+        for where, fields in table[1:]:  # a prompt with a comma that is not quoted would be half a prompt
+            count = f"{len(fields)} fields where the header has {len(header)}"
+            check(len(fields) == len(header), f"{where}: {count}; quote the prompt")
+        numbered = [(where, dict(zip(header, fields, strict=True))) for where, fields in table[1:]]
     elif kind == ".json" and (text := "".join(line for _, line in common.read_lines(path))).lstrip().startswith("["):
         numbered = [(f"{path}, row {i}", row) for i, row in enumerate(common.parse_json(text, str(path)), 1)]
     else:  # a line each: JSON, also in a file named .json, or text
-        lines = ((f"{path}, line {number}", line) for number, line in common.read_lines(path))
-        is_json = kind.startswith(".json")
-        numbered = [(w, common.parse_json(line, w) if is_json else {"prompt": line.strip()}) for w, line in lines]
+        numbered = [(f"{path}, line {number}", line) for number, line in common.read_lines(path)]
+        read = common.parse_json if kind.startswith(".json") else lambda line, where: {"prompt": line.strip()}
+        numbered = [(where, read(line, where)) for where, line in numbered]
     for where, row in numbered:
         check(isinstance(row, dict), f"{where}: an object with the prompt's column is wanted")
     return numbered
 
 
-def read_csv(path: Path):
-    """(where, row) of a CSV file; a row with more or fewer fields than the header is an error, and no half prompt."""
-    csv.field_size_limit(1 << 30)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            check(len(set(header)) == len(header), f"{path}: the header has a name twice: {', '.join(header)}")
-            for fields in reader:
-                where = f"{path}, line {reader.line_num}"
-                count = f"{len(fields)} fields where the header has {len(header)}"
-                check(len(fields) in (0, len(header)), f"{where}: {count}; quote the prompt")
-                if fields:
-                    yield where, dict(zip(header, fields, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}, after line {reader.line_num}: broken CSV ({error})") from None
-
-
 def load_hub(name: str, split: str) -> list[tuple[str, dict]]:
-    """(where, row) of a hub data set; UserError that says what to do if it is gated or out of reach."""
+    """(where, row) of a hub data set."""
     import datasets
 
     datasets.logging.set_verbosity_error()
@@ -118,31 +107,31 @@ def load_hub(name: str, split: str) -> list[tuple[str, dict]]:
     try:
         rows = datasets.load_dataset(repository, splits[split], split=split)
     except Exception as error:  # gated, offline, renamed: the hub's client raises many unrelated kinds
-        raise UserError(
-            f"{repository} can't be loaded ({type(error).__name__}): accept its terms on its hub page, run `hf auth "
-            f"login`, check the network; or pass a downloaded file as --prompts {name}:FILE"
-        ) from None
+        reason = f"{repository} can't be loaded ({type(error).__name__})"
+        way_out = "accept its terms on its hub page, run `hf auth login`, check the network"
+        raise UserError(f"{reason}: {way_out}; or pass a downloaded file as --prompts {name}:FILE") from None
     return [(f"{repository}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
     """([{"id", "prompt"}, …] in file order, or in the order of the draw; {reason: how many left out})."""
+    # where the rows are: a hub data set, its downloaded file, or any file, of which a 'split' column chooses rows
     name, _, file = args.prompts.partition(":")
-    name = name if name in (*HUB, *FILES) else None
+    name, file = (name, file) if name in (*HUB, *FILES) else (None, args.prompts)
     column, split = args.prompt_column, args.split or "train"
     if name in FILES:
         column, test_size = column or FILES[name][0], FILES[name][1]
         check(file, f"{name} is not on the hub: fetch {FILES[name][2]} and pass --prompts {name}:FILE")
         check(split == "test" or (split == "train" and test_size), f"{name} has no split '{split}'; pass --split test")
-    rows = load_hub(name, split) if name and not file else read_table(common.find_path(file if name else args.prompts))
-    if not name or (name in HUB and file):
+    rows = read_table(common.find_path(file)) if file else load_hub(name, split)
+    if file and name not in FILES:
         values = sorted({str(row["split"]) for _, row in rows if "split" in row})
         check(values or not args.split or name, f"{args.prompts} has no 'split' column, so no --split")
         rows = [(where, row) for where, row in rows if not values or str(row.get("split")) == split]
         check(rows or not values, f"{args.prompts} has no rows of split '{split}' (it has: {', '.join(values)})")
 
-    prompts, seen, ids = [], set(), {}
-    dropped = {"empty": 0, "repeated": 0}
+    # each prompt once, with an id of its own: the row's, or the beginning of its text's hash
+    prompts, ids, dropped = {}, {}, {"empty": 0, "repeated": 0}
     for where, row in rows:
         own = column or ("messages" if "messages" in row and "prompt" not in row else "prompt")
         check(own in row, f"{where}: no '{own}' among {', '.join(map(str, row))}; name it with --prompt_column")
@@ -152,29 +141,24 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
             continue
         common.check_prompt(prompt, f"{where}, '{own}'")
         key = prompt if isinstance(prompt, str) else json.dumps(prompt)
-        if key in seen:
+        if key in prompts:
             dropped["repeated"] += 1
             continue
-        seen.add(key)
         id = str(row["id"]) if row.get("id") is not None else hashlib.sha256(key.encode()).hexdigest()[:16]
         check(id not in ids, f"{where}: id '{id}' again (first: {ids.get(id)}); ids must be unique")
-        ids[id] = where
-        prompts.append({"id": id, "prompt": prompt})
+        ids[id], prompts[key] = where, {"id": id, "prompt": prompt}
 
-    if name in FILES and FILES[name][1]:  # a split of our own, the same for every seed and size (ours)
+    prompts = list(prompts.values())
+    if name in FILES and test_size:  # a split of our own, the same for every seed and size (ours)
         ordered = sorted(prompts, key=lambda row: common.derive_seed("split", row["prompt"]))
-        chosen = {row["id"] for row in (ordered[:test_size] if split == "test" else ordered[test_size:])}
-        prompts = [row for row in prompts if row["id"] in chosen]
-    if args.num_prompts is not None:
+        held_out = {row["id"] for row in ordered[:test_size]}
+        prompts = [row for row in prompts if (row["id"] in held_out) == (split == "test")]
+    if args.num_prompts is not None:  # drawn by seed and id, so a larger draw keeps the smaller one
         if args.num_prompts > len(prompts):
             common.warn(f"--num_prompts {args.num_prompts}, but there are only {len(prompts)} distinct prompts")
         prompts.sort(key=lambda row: common.derive_seed(args.seed, row["id"]))
         dropped["not drawn"] = max(0, len(prompts) - args.num_prompts)
-        prompts = prompts[: args.num_prompts]
-    return prompts, dropped
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+    return prompts[: args.num_prompts], dropped
 
 
 def draw_systems(seed: int, id: str, n: int, system_prob: float) -> list[str | None]:
@@ -183,36 +167,28 @@ def draw_systems(seed: int, id: str, n: int, system_prob: float) -> list[str | N
     return [HONEST_SYSTEM_PROMPT if draw < system_prob else None for draw in draws]
 
 
-def check_args(args: Args) -> None:
+def main(args: Args) -> None:
     common.check_at_least(args, 1, "n", "max_new_tokens", "num_prompts")
     common.check_at_least(args, 0, "temperature")
     check(0 < args.top_p <= 1, f"--top_p {args.top_p}: more than 0 and at most 1 is wanted")
     check(0 <= args.system_prob <= 1, f"--system_prob {args.system_prob}: a probability is wanted")
-    greedy = f"--temperature 0 gives {args.n} equal responses; raise it, or pass --n 1 for evaluation answers"
-    check(args.temperature > 0 or args.n == 1, greedy)
-
-
-def main(args: Args) -> None:
-    check_args(args)
+    few = f"--temperature 0 gives {args.n} equal responses; raise it, or pass --n 1 for evaluation answers"
+    check(args.temperature > 0 or args.n == 1, few)
     common.read_files(args)
     output = Path(args.run_dir) / "01_samples.jsonl"
     rows, dropped = load_prompts(args)
     check(rows, f"{args.prompts} has no usable prompt")
-    total = len(rows) + sum(dropped.values())
     record = common.begin(args, "01_sample", [output], prompts=str(common.derive_seed(rows)))
-
-    # A prompt that does not fit with its answer is left out; the systems are drawn by id, so they stay the same.
     engine = common.make_engine(args)
     if not record["complete"]:
         engine.open()
+
+    # One conversation a response. A prompt that does not fit with its answer is left out.
     systems = {row["id"]: draw_systems(args.seed, row["id"], args.n, args.system_prob) for row in rows}
+    chats = {row["id"]: [common.as_messages(row["prompt"], one) for one in systems[row["id"]]] for row in rows}
     room = engine.context - args.max_new_tokens
     check(room > 0, f"--max_new_tokens {args.max_new_tokens} leaves no room in the model's {engine.context} tokens")
-
-    def longest(row: dict) -> list[dict]:
-        return common.as_messages(row["prompt"], next((system for system in systems[row["id"]] if system), None))
-
-    fitting = [row for row in rows if not common.too_long(engine, longest(row), room)]
+    fitting = [row for row in rows if not any(common.too_long(engine, chat, room) for chat in chats[row["id"]])]
     dropped["too long for the context"] = len(rows) - len(fitting)
     check(fitting, "every prompt is too long for the context; pass a smaller --max_new_tokens")
     settings = f"temperature {args.temperature:g}, top_p {args.top_p:g}, at most {args.max_new_tokens} tokens"
@@ -221,45 +197,40 @@ def main(args: Args) -> None:
         common.warn("--n 2: det Σ needs 3 responses or more, so 04 will want --no-informativeness")
 
     def sample(some: list[dict]) -> list[dict | None]:
-        # one conversation and one seed a response, in the order of the rows
-        drawn = [(row, j, system) for row in some for j, system in enumerate(systems[row["id"]])]
-        completions = engine.complete(
-            [common.as_messages(row["prompt"], system) for row, _, system in drawn],
-            [common.derive_seed(args.seed, row["id"], j) for row, j, _ in drawn],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-        )
-        responses = {row["id"]: [] for row in some}
-        for (row, _, system), one in zip(drawn, completions, strict=True):
-            response = one and {"text": one.text, "system": system, "truncated": one.truncated}
-            responses[row["id"]].append(response)
-        # a row of which a server refuses a response is left out
-        whole = [responses[row["id"]] for row in some]
-        return [None if None in own else row | {"responses": own} for row, own in zip(some, whole, strict=True)]
+        asked = [(row["id"], j) for row in some for j in range(args.n)]
+        sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+        seeds = [common.derive_seed(args.seed, id, j) for id, j in asked]
+        completions = iter(engine.complete([chats[id][j] for id, j in asked], seeds, **sampling))
+        finished = []
+        for row in some:
+            own = [(next(completions), system) for system in systems[row["id"]]]
+            own = [{"text": one.text, "system": system, "truncated": one.truncated} for one, system in own if one]
+            # a row of which a server refuses a response is left out
+            finished.append(row | {"responses": own} if len(own) == args.n else None)
+        return finished
 
-    sizes = [(common.text_size(longest(row)) + args.max_new_tokens, args.n) for row in fitting]
+    sizes = [(max(map(common.text_size, chats[row["id"]])) + args.max_new_tokens, args.n) for row in fitting]
     done = common.map_rows(sample, fitting, sizes, record, output, engine, "01 sample")
     if done is None:  # the first of several processes reports
         return
     dropped["refused by the server"] = len(fitting) - len(done)
     common.finish(record, len(done))
 
-    common.show_funnel("01 sample", ("prompts in", total), dropped, "prompts sampled")
+    common.show_funnel("01 sample", ("prompts in", len(done) + sum(dropped.values())), dropped, "prompts sampled")
     responses = [response for row in done for response in row["responses"]]
     distinct = [len({response["text"] for response in row["responses"]}) for row in done]
     empty, cut = sum(not r["text"] for r in responses), sum(r["truncated"] for r in responses)
     print(f"  responses: {len(responses)}, distinct within their prompt: {sum(distinct)}, empty: {empty}")
     if cut:
-        what = "06 will not teach an ending there; raise --max_new_tokens for whole answers"
-        common.warn(f"{cut} of {len(responses)} responses ({cut / len(responses):.0%}) met --max_new_tokens: {what}")
+        share = f"{cut} of {len(responses)} responses ({cut / len(responses):.0%}) met --max_new_tokens"
+        common.warn(f"{share}: 06 will not teach an ending there; raise it for whole answers")
     if args.n > 1 and done and max(distinct) == 1:  # some servers ignore the temperature
         common.warn("all responses to a prompt are the same, so 04 would drop every prompt: does the server sample?")
     common.show_tokens(engine)
     print(f"wrote {output}")
     if not done:
-        words = getattr(engine, "refusal", "")
-        raise common.EmptyResult(f"nothing was sampled: {engine.title} refused every prompt: {words}")
+        words = f"{engine.title} refused every prompt: {getattr(engine, 'refusal', '')}"
+        raise common.EmptyResult(f"nothing was sampled: {words}")
     print(f"next: python 02_score.py --run_dir {args.run_dir}")
 
 

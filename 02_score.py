@@ -46,22 +46,18 @@ def main(args: Args) -> None:
         common.settle_score_mode(args, judge, record)
     names = [name for name, _ in objectives]
     count = sum(len(row["responses"]) for row in rows)
-    common.announce(
-        "02 score", judge.title, f"{count} responses of {len(rows)} prompts", args.score_mode, " > ".join(names)
-    )
+    what = f"{count} responses of {len(rows)} prompts"
+    common.announce("02 score", judge.title, what, args.score_mode, " > ".join(names))
     read = {True: 0, False: 0}
 
     def score(some: list[dict]) -> list[dict]:
-        places = [(row, j) for row in some for j in range(len(row["responses"]))]
-        scores = common.judge(
-            judge,
-            [(row["prompt"], row["responses"][j]["text"]) for row, j in places],
-            args,
-            [common.derive_seed(args.seed, row["id"], j) for row, j in places],
-        )
-        for (row, j), own in zip(places, scores, strict=True):
-            row["responses"][j]["scores"] = own
-            read[own is not None] += bool(row["responses"][j]["text"].strip())
+        responses = [response for row in some for response in row["responses"]]
+        items = [(row["prompt"], response["text"]) for row in some for response in row["responses"]]
+        seeds = [common.derive_seed(args.seed, row["id"], j) for row in some for j in range(len(row["responses"]))]
+        for response, own in zip(responses, common.judge(judge, items, args, seeds), strict=True):
+            response["scores"] = own
+            read[own is not None] += bool(response["text"].strip())
+        # a judge that never answers in the form must not be asked for all rows
         failed = f"none of the first {read[False]} responses could be scored: {judge.title} does not answer in the form"
         check(read[True] or read[False] < GIVE_UP_AFTER, f"{failed}; pass --score_mode constrained, or another judge")
         return some
@@ -82,7 +78,7 @@ def main(args: Args) -> None:
     dropped = {"blank (null)": blank, "not readable, or too long for the judge (null)": scores.count(None) - blank}
     common.show_funnel("02 score", ("responses in", len(scores)), dropped, "responses scored")
     common.ScoreHistogram(scores).show(names, "responses")
-    common.show_ties(common.tie_rate(groups), "pairs of a prompt's responses")
+    common.show_ties(groups, "pairs of a prompt's responses")
     common.show_tokens(judge)
     print(f"wrote {output}")
     if scores.count(None) == len(scores):

@@ -53,27 +53,20 @@ PRINCIPLES = "Answer so that your answer is as good as it can be on these points
 
 # What a model writes before its answer, and what it writes about the task instead of one.
 LEAD_IN = re.compile(
-    r"^\W*(?:(?:sure|okay|certainly|absolutely|of course)\W+)?(?:here(?:['’]s| is)\s+(?:an?|the|my|your)\s+"
+    r"(?i)^\W*(?:(?:sure|okay|certainly|absolutely|of course)\W+)?(?:here(?:['’]s| is)\s+(?:an?|the|my|your)\s+"
     r"(?:single\s+)?(?:refined|improved|revised|better|new)\s+(?:response|answer|version)\b[^\n:]{0,80}:\**|"
-    r"(?:(?:the|my|an?)\s+)?(?:refined|improved|revised)\s+(?:response|answer)(?:\s+is)?\**[ \t]*(?::\**|\n))\s*",
-    re.IGNORECASE,
+    r"(?:(?:the|my|an?)\s+)?(?:refined|improved|revised)\s+(?:response|answer)(?:\s+is)?\**[ \t]*(?::\**|\n))\s*"
 )
 FENCE = re.compile(r"^\s*<response[\w-]* \d+>\s*|</response[\w-]* \d+>[\s\S]*$|^```\w*\n|\n```\s*$")
 ABOUT_THE_TASK = re.compile(
-    r"\b(?:original|candidate|existing|previous|provided|given|refined|first|second|third|two|three)\s+responses?\b"
-    r"|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|\bthe instruction (?:is|asks|was)\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:original|candidate|existing|previous|provided|given|refined|first|second|third|two|three)\s+responses?\b"
+    r"|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|\bthe instruction (?:is|asks|was)\b"
 )
 
 
 @dataclass
 class Args(common.JudgeArgs):
-    template: str = arg(
-        "paper",
-        "paper: Figure 10; conversation: a better answer is asked for after the best one; principles: the objectives "
-        "as a system prompt (ours, for weak models)",
-        ("paper", "conversation", "principles"),
-    )
+    template: str = arg("paper", "Figure 10, or a form for weak models (ours)", ("paper", "conversation", "principles"))
     attempts: int = arg(1, "refinements per prompt; the best by (primary, secondary) stays (paper: 1, greedy)")
     temperature: float = arg(1.0, "of several attempts (ours); a single one is greedy")
     max_new_tokens: int = arg(2048, "longest refined response in tokens (paper, appendix A)")
@@ -86,31 +79,32 @@ def refine_messages(template: str, objectives, prompt, responses: list[dict]) ->
     if template == "principles":
         return common.as_messages(prompt, PRINCIPLES.format(principles=principles))
     if template == "conversation":
-        best = max(responses, key=lambda response: response["scores"])["text"]
-        again = {"role": "user", "content": ASK_AGAIN.format(principles=principles)}
-        return [*common.as_messages(prompt), {"role": "assistant", "content": best}, again]
+        best = {"role": "assistant", "content": best_attempt(responses)["text"]}
+        return [*common.as_messages(prompt), best, *common.as_messages(ASK_AGAIN.format(principles=principles))]
     # a text that holds such a fence could close its own and forge scores: then the fence gets a name of its own
     texts = [response["text"] for response in responses]
     forged = any("<" in text and "response" in text.lower() for text in texts)
     fence = f"response-{common.derive_seed(texts):x}" if forged else "response"
-    scores = [
-        ", ".join(f"{n}: {round(s, 1)}" for (n, _), s in zip(objectives, r["scores"], strict=True)) for r in responses
-    ]
-    numbered = enumerate(zip(texts, scores, strict=True), 1)
-    dimensions = enumerate(objectives, 1)
-    text = REFINE_TEMPLATE.format(
-        count={2: "two", 3: "three", 4: "four", 5: "five"}.get(len(objectives), len(objectives)),
-        both="both" if len(objectives) == 2 else "all",
-        instruction=common.plain_text(prompt),
-        dimensions="\n\n".join(DIMENSION.format(number=i, name=n, definition=d) for i, (n, d) in dimensions),
-        candidates="\n\n".join(CANDIDATE.format(fence=fence, number=i, text=t, scores=s) for i, (t, s) in numbered),
-    )
-    return common.as_messages(text)
+    dimensions = [DIMENSION.format(number=i, name=n, definition=d) for i, (n, d) in enumerate(objectives, 1)]
+    candidates = []
+    for i, response in enumerate(responses, 1):
+        named = zip(objectives, response["scores"], strict=True)
+        scores = ", ".join(f"{name}: {round(score, 1)}" for (name, _), score in named)
+        candidates.append(CANDIDATE.format(fence=fence, number=i, text=response["text"], scores=scores))
+    count = {2: "two", 3: "three", 4: "four", 5: "five"}.get(len(objectives), len(objectives))
+    parts = {"instruction": common.plain_text(prompt), "count": count, "both": "both" if count == "two" else "all"}
+    parts |= {"dimensions": "\n\n".join(dimensions), "candidates": "\n\n".join(candidates)}
+    return common.as_messages(REFINE_TEMPLATE.format(**parts))
 
 
 def clean_refined(text: str) -> str:
     """The response without the lead-in or fences that models repeat from the prompt."""
     return FENCE.sub("", LEAD_IN.sub("", FENCE.sub("", text))).strip()
+
+
+def about_the_task(text: str, row: dict) -> bool:
+    """Whether a refined text speaks of responses and dimensions instead of answering; a prompt may do so itself."""
+    return bool(ABOUT_THE_TASK.search(text)) and not ABOUT_THE_TASK.search(common.plain_text(row["prompt"]))
 
 
 def best_attempt(attempts: list[dict]) -> dict:
@@ -131,63 +125,49 @@ def main(args: Args) -> None:
     judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_max_new_tokens")
     for name in judging:
         given, before = getattr(args, name), made.get("02", {}).get(name)
-        if given is not None and before is not None and given != before:
+        if None not in (given, before) and given != before:
             common.warn(f"--{name} {given}, but stage 2 had {before}: its scores and these may not compare")
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
     common.inherit(args, made, "02", *judging, "judge_model", "judge_endpoint", "judge_chat_template")
     objectives, inputs = common.judge_defaults(args)
     record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
-
     engine = common.make_engine(args)
     judge = common.make_judge(args, engine)
     if not record["complete"]:
-        engine.open()
-        if judge is not engine:
-            judge.open()
+        for one in dict.fromkeys((engine, judge)):
+            one.open()
         common.settle_score_mode(args, judge, record)
-    # what can't be refined keeps an empty, unscored ỹ: 04 drops it as unscored
+
+    # One conversation a prompt. What can't be refined keeps an empty, unscored ỹ: 04 drops it as unscored.
     room, chats = engine.context - args.max_new_tokens, {}
     check(room > 0, f"--max_new_tokens {args.max_new_tokens} leaves no room in the model's {engine.context} tokens")
     dropped = {"no scored response": 0, "too long for the context": 0}
     for row in rows:
         scored = [response for response in row["responses"] if response["scores"] and response["text"].strip()]
-        chat = refine_messages(args.template, objectives, row["prompt"], scored) if scored else None
-        if not scored:
-            dropped["no scored response"] += 1
-        elif common.too_long(engine, chat, room):
-            dropped["too long for the context"] += 1
-        else:
+        chat = refine_messages(args.template, objectives, row["prompt"], scored) if scored else []
+        if scored and not common.too_long(engine, chat, room):
             chats[row["id"]] = chat
+        else:
+            dropped["too long for the context" if scored else "no scored response"] += 1
     settings = f"{args.template} template, {args.attempts} attempt(s), judged by {judge.title} ({args.score_mode})"
     common.announce("03 refine", engine.title, f"{len(chats)} prompts", settings)
+    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature if args.attempts > 1 else 0.0}
 
     def refine(some: list[dict]) -> list[dict]:
-        chosen = [(row, j) for row in some if row["id"] in chats for j in range(args.attempts)]
-        completions = engine.complete(
-            [chats[row["id"]] for row, _ in chosen],
-            [common.derive_seed(args.seed, row["id"], j) for row, j in chosen],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature if args.attempts > 1 else 0.0,
-        )
-        drawn = [(row, j, one) for (row, j), one in zip(chosen, completions, strict=True) if one]  # else: refused
-        texts = [clean_refined(one.text) for *_, one in drawn]
-        scores = common.judge(
-            judge,
-            [(row["prompt"], text) for (row, *_), text in zip(drawn, texts, strict=True)],
-            args,
-            [common.derive_seed(args.seed, row["id"], j) for row, j, _ in drawn],
-        )
+        asked = [(row, j) for row in some if row["id"] in chats for j in range(args.attempts)]
+        seeds = [common.derive_seed(args.seed, row["id"], j) for row, j in asked]
+        completions = engine.complete([chats[row["id"]] for row, _ in asked], seeds, **sampling)
+        texts = [clean_refined(one.text) if one else "" for one in completions]  # refused by a server: blank
+        items = [(row["prompt"], text) for (row, _), text in zip(asked, texts, strict=True)]
+        scores = common.judge(judge, items, args, seeds)  # None for what is blank
         attempts = {row["id"]: [] for row in some}
-        for (row, _, one), text, own in zip(drawn, texts, scores, strict=True):
-            remark = args.drop_remarks and about_the_task(text, row)
-            attempt = {"text": text, "scores": None if remark else own, "truncated": one.truncated}
-            attempts[row["id"]].append(attempt)
+        for (row, _), one, text, own in zip(asked, completions, texts, scores, strict=True):
+            own = None if args.drop_remarks and about_the_task(text, row) else own
+            attempts[row["id"]].append({"text": text, "scores": own, "truncated": bool(one and one.truncated)})
         return [row | {"refined": best_attempt(attempts[row["id"]])} for row in some]
 
-    sizes = [
-        (common.text_size(chats.get(row["id"], [])) + args.max_new_tokens, args.attempts * (row["id"] in chats))
-        for row in rows
-    ]
+    asked_for = [chats.get(row["id"], []) for row in rows]
+    sizes = [(common.text_size(chat) + args.max_new_tokens, args.attempts * bool(chat)) for chat in asked_for]
     worker = judge if isinstance(judge, common.Local) else engine  # a local judge works in batches, a server in rows
     done = common.map_rows(refine, rows, sizes, record, output, worker, "03 refine")
     if done is None:  # the first of several processes reports
@@ -197,23 +177,17 @@ def main(args: Args) -> None:
     refined = [row["refined"] for row in done]
     dropped["not scored"] = sum(one["scores"] is None for one in refined) - sum(dropped.values())
     common.show_funnel("03 refine", ("prompts in", len(done)), dropped, "refined and scored")
-    remarks = sum(about_the_task(row["refined"]["text"], row) for row in done)
-    if remarks:
+    if remarks := sum(about_the_task(row["refined"]["text"], row) for row in done):
         way_out = "--template conversation asks otherwise, --drop_remarks drops them"
         common.warn(f"{remarks} of {len(done)} refined texts are about the task, no answers: {way_out}")
     print(f"  met --max_new_tokens: {sum(one['truncated'] for one in refined)}")
-    names, candidates = [name for name, _ in objectives], [r for row in done for r in row["responses"]]
-    common.ScoreHistogram(r["scores"] for r in candidates).show(names, "candidates")
+    names, pairs = [name for name, _ in objectives], [(row["refined"], r) for row in done for r in row["responses"]]
+    common.ScoreHistogram(candidate["scores"] for _, candidate in pairs).show(names, "candidates")
     common.ScoreHistogram(one["scores"] for one in refined).show(names, "refined")
-    ties = [[row["refined"]["scores"], response["scores"]] for row in done for response in row["responses"]]
-    common.show_ties(common.tie_rate(ties), "pairs of a refined response and a candidate")
+    ties = [[one["scores"] for one in pair] for pair in pairs]
+    common.show_ties(ties, "pairs of a refined response and a candidate")
     common.show_tokens(engine, judge)
     print(f"wrote {output}\nnext: python 04_denoise.py --run_dir {args.run_dir}")
-
-
-def about_the_task(text: str, row: dict) -> bool:
-    """Whether a refined text speaks of responses and dimensions instead of answering; a prompt may do so itself."""
-    return bool(ABOUT_THE_TASK.search(text)) and not ABOUT_THE_TASK.search(common.plain_text(row["prompt"]))
 
 
 if __name__ == "__main__":

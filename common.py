@@ -1,10 +1,7 @@
-"""The helpers that two or more stages share, in the order in which data meets them.
+"""The helpers that two or more stages share, in the order in which data meets them: errors and arguments, rows, runs
+and resume, model and chat, decoding, reading choices, engines, working through rows, judging, reports.
 
-Nothing runs at import, and nothing here knows which stage calls it. torch and transformers are imported inside the
-functions that need them, so 04 and 05 run without either.
-
-Sections: errors and arguments · rows · runs and resume · model and chat · decoding · reading choices · engines ·
-working through rows · judging · reports
+Nothing runs at import. torch and transformers are imported inside functions, so 04 and 05 run without either.
 """
 
 from __future__ import annotations
@@ -27,12 +24,12 @@ import json
 import math
 import os
 import re
+import runpy
 import sys
 import threading
 import time
 import types
 import typing
-import urllib.parse
 from concurrent import futures
 from pathlib import Path
 
@@ -74,24 +71,18 @@ def arg(default, help: str, choices: typing.Sequence | None = None, free: bool =
 
 
 @dataclasses.dataclass
-class RunArgs:
-    """What every stage takes."""
-
+class RunArgs:  # what every stage takes
     run_dir: str = arg("runs/default", "folder of this run's files", free=True)
     seed: int = arg(0, "seed of whatever this stage draws")
     overwrite: bool = arg(False, "redo this stage although its files are there", free=True)
 
 
 @dataclasses.dataclass
-class ModelArgs(RunArgs):
-    """What a stage takes that asks a model, in this process or at a server; None is what an earlier stage had."""
-
+class ModelArgs(RunArgs):  # a stage that asks a model, in this process or at a server; None: as an earlier stage
     model: str | None = arg(None, "hub name, local folder, or the name at the server", free=True)
     endpoint: str | None = arg(None, "URL of an OpenAI-compatible server of the model; key: SPA_API_KEY", free=True)
     chat_template: str | None = arg(None, "file with a Jinja chat template, for a model that has none")
-    dtype: str = arg(
-        "auto", "weights; auto: on a GPU as saved, else float32", ("auto", "float32", "bfloat16", "float16")
-    )
+    dtype: str = arg("auto", "auto: as saved on a GPU, else float32", ("auto", "float32", "bfloat16", "float16"))
     device_map: str | None = arg(None, "spreads the layers over all GPUs", ("auto", "balanced", "sequential"), True)
     batch_size: int = arg(72, "responses decoded or judged at a time (ours)", free=True)
     cached_tokens: int | None = arg(None, "tokens of a batch, unwritten ones too; default: what fits", free=True)
@@ -101,43 +92,35 @@ class ModelArgs(RunArgs):
 
 
 @dataclasses.dataclass
-class JudgeArgs(ModelArgs):
-    """What a stage takes that scores responses."""
-
+class JudgeArgs(ModelArgs):  # a stage that scores responses
     objectives: list[str] | None = arg(None, "two or more, in order of priority; default: harmlessness helpfulness")
-    score_mode: str | None = arg(
-        None, "constrained: only the integers 1-10 can be chosen, all read (ours, default); json: free text (paper); "
-        "expected: mean over 1-10, breaks a weak model's ties (ours)", ("constrained", "json", "expected"),
-    )  # fmt: skip
+    score_mode: str | None = arg(None, "constrained: only 1-10 can be chosen (ours, default); json: free text (paper); "
+        "expected: mean over 1-10, breaks ties (ours)", ("constrained", "json", "expected"))  # fmt: skip
     with_instruction: bool | None = arg(None, "show the judge the prompt (ours, default); --no-…: Figure 9 verbatim")
     constitution: str | None = arg(None, 'JSON file {"helpfulness": "definition", …}: other words, further objectives')
-    scorer: str | None = arg(
-        None, "FILE.py:function for a judge: (prompts, responses) -> [[a, b], …] (ours)", free=True
-    )
+    scorer: str | None = arg(None, "FILE.py:function as judge: (prompts, responses) -> [[a, b], …]", free=True)
     judge_model: str | None = arg(None, "another model as the judge (no self-alignment then)", free=True)
     judge_endpoint: str | None = arg(None, "URL of the judge's server; key: SPA_JUDGE_API_KEY", free=True)
     judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
     judge_max_new_tokens: int = arg(64, "of a judge's free answer; a reasoning judge wants thousands")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print the usage, many lines, first
+def parse_args(args_class, argv: list[str] | None = None):
+    """Reads the command line into `args_class`, a dataclass of fields that `arg` has made."""
+    doc, form = sys.modules[args_class.__module__].__doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+
+    def refuse(message: str):  # argparse would print the usage, many lines, first
         raise UserError(f"{message} (--help lists the options)")
 
-
-def parse_args(args_class, argv: list[str] | None = None):
-    """Reads the command line into `args_class`, a dataclass whose fields are made by `arg`, its own before shared ones.
-
-    Types: bool (`--x/--no-x`), int, float, str, `list[…]`, each also `| None`. UserError for an unknown option.
-    """
-    doc, form = sys.modules[args_class.__module__].__doc__, argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=doc, formatter_class=form, allow_abbrev=False)
+    parser.error = refuse
     hints, fields = typing.get_type_hints(args_class), dataclasses.fields(args_class)
+    # a stage's own options come first in --help
     shared = {field.name for field in dataclasses.fields(JudgeArgs)}
     for field in sorted(fields, key=lambda field: field.name in shared):
         kind, default, choices = hints[field.name], field.default, field.metadata["choices"]
-        if isinstance(kind, types.UnionType):
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if isinstance(kind, types.UnionType):  # `float | None` takes a float
+            kind = typing.get_args(kind)[0]
         text = field.metadata["help"] + ("" if default is None else f" (default: {default})")
         options = {"default": default, "help": text.replace("%", "%%")}
         if kind is bool:
@@ -151,7 +134,7 @@ def parse_args(args_class, argv: list[str] | None = None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{f.name}" for f in fields], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown option {unknown[0]}{hint} (--help lists the options)")
+        refuse(f"unknown option {unknown[0]}{hint}")
     for name, value in vars(known).items():
         finite = all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
         check(finite, f"argument --{name}: invalid float value {value}")
@@ -245,9 +228,8 @@ def as_messages(prompt: str | list[dict], system: str | None = None) -> list[dic
 
 def plain_text(prompt: str | list[dict]) -> str:
     """What the judge's and the refiner's templates show of a prompt; several turns with their roles."""
-    messages = as_messages(prompt)
-    named = (f"{message['role'].capitalize()}: {message['content']}" for message in messages)
-    return messages[0]["content"] if len(messages) == 1 else "\n\n".join(named)
+    turns = [(message["role"].capitalize(), message["content"]) for message in as_messages(prompt)]
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
 def check_prompt(prompt, where: str) -> None:
@@ -263,29 +245,26 @@ def check_prompt(prompt, where: str) -> None:
 
 def is_scores(scores) -> bool:
     """Whether these are two or more numbers from 1 to 10."""
-    fits = isinstance(scores, list) and len(scores) >= 2
-    return fits and all(type(score) in (int, float) and 1 <= score <= 10 for score in scores)
+    several = isinstance(scores, list) and len(scores) >= 2
+    return several and all(type(score) in (int, float) and 1 <= score <= 10 for score in scores)
 
 
 def read_rows(path: Path, scored: bool = False, refined: bool = False) -> typing.Iterator[dict]:
-    """The rows of a stage file, one by one, checked; UserError with file and line, or if some are missing at its end.
-
-    Every row needs a unique `id`, a `prompt` and `responses`, a list of {"text", …}; with `scored`, each response also
-    has `scores` (k numbers from 1 to 10, or null), and with `refined` the row has a scored `refined`.
-    """
+    """The checked rows of a stage file, one by one; UserError with file and line, or if some are missing at its end."""
     maker = {"01": "01_sample", "02": "02_score", "03": "03_refine", "04": "04_denoise"}.get(path.name[:2])
     check(path.is_file(), f"{path} not found" + (f"; run {maker}.py first" if maker else ""))
-    seen, k = set(), None
+    seen, k = set(), None  # k: the number of objectives, the same in all rows
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
         row = parse_json(line, where)
-        for key in ("id", "prompt", "responses", *(["refined"] if refined else [])):
+        for key in ("id", "prompt", "responses", *["refined"] * refined):
             check(isinstance(row, dict) and key in row, f"{where}: no '{key}' in the row; add it")
         check(type(row["id"]) in (str, int), f"{where}: 'id' must be text or a whole number")
         check(str(row["id"]) not in seen, f"{where}: id '{row['id']}' again; ids must be unique")
         seen.add(str(row["id"]))
         check_prompt(row["prompt"], where)
         check(isinstance(row["responses"], list) and row["responses"], f"{where}: 'responses' is empty")
+        # each response has a text, and once it is scored k numbers from 1 to 10, or null
         named = [(f"{where}: response {i}", response, scored) for i, response in enumerate(row["responses"], 1)]
         named += [(f"{where}: 'refined'", row["refined"], True)] if "refined" in row else []
         for place, item, has_scores in named:
@@ -296,6 +275,7 @@ def read_rows(path: Path, scored: bool = False, refined: bool = False) -> typing
                 check(scores is None or (is_scores(scores) and len(scores) == (k or len(scores))), f"{place}: {wanted}")
                 k = k or (scores and len(scores))
         yield row
+    # a file that was cut at a row's end looks whole: the record knows how many rows there were
     record = read_record(record_file_of(path))
     wanted = record.get("rows") if record.get("output") == path.name else None
     cut = f"{path} has {len(seen)} rows, but its stage wrote {wanted}: copy the whole file, or run that stage again"
@@ -357,21 +337,19 @@ def record_file_of(path: Path) -> Path:
 
 def read_record(path: Path) -> dict:
     """A stage's record; {} if there is none. UserError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        record = None
-    fits = isinstance(record, dict) and isinstance(record.get("args"), dict) and isinstance(record.get("stage"), str)
-    check(fits, f"{path} is no record of a stage: remove it, or pass --overwrite to that stage")
+    record = {}
+    if path.is_file():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+        fits = isinstance(record, dict) and type(record.get("args")) is dict and type(record.get("stage")) is str
+        check(fits, f"{path} is no record of a stage: remove it, or pass --overwrite to that stage")
     return record
 
 
 def write_record(record: dict) -> None:
     """Writes `NN_args.json` where `begin` has said."""
+    content = {key: value for key, value in record.items() if key != "file"}
     with replace_file(Path(record["file"])) as file:
-        content = {key: value for key, value in record.items() if key != "file"}
         file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
@@ -382,13 +360,9 @@ def find_input(args, name: str) -> Path:
 
 
 def made_by(path: Path) -> dict[str, dict]:
-    """How the file `path` was made: {"01": the arguments of stage 1, …}, the newest stage last.
-
-    From the record beside it, which also holds what it knows of the stages before. {} and a warning where there is
-    none: people bring files of their own. UserError if that stage has not finished.
-    """
+    """How the file `path` was made: {"01": the arguments of stage 1, …}, the newest stage last, from its record."""
     record = read_record(record_file_of(path)) if path.name[:2].isdigit() else {}
-    if not record:
+    if not record:  # people bring files of their own
         warn(f"{path} comes without its stage's NN_args.json: the options alone decide")
         return {}
     check(record.get("complete"), f"{record['stage']}.py has not finished {path}; run it again to go on")
@@ -417,12 +391,10 @@ def read_files(args) -> None:
 
 
 def begin(args, stage: str, outputs: list[Path], made: dict | None = None, record_file: Path | None = None, **inputs):
-    """Opens a stage: compares this call with the one that made its files, and returns its record, a dict.
+    """Opens a stage: refuses a call that differs from the one that made its files; returns its record, a dict.
 
     `outputs`: its files, first the one that the next stage reads. `inputs`: what it reads, a Path (its content counts)
-    or a text. The record is written as incomplete before anything else changes; with `--overwrite` the old outputs go
-    after that. "complete" is true in it if the same call has finished. Raises UserError that names the argument that
-    differs, or if another process is at work.
+    or a text. record["complete"] is true if the same call has finished already.
     """
     path = (record_file or Path(args.run_dir) / f"{stage[:2]}_args.json").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -452,10 +424,9 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         "complete": False,
     }
     there, way_out = [o for o in outputs if o.exists()], "choose another directory, or pass --overwrite to redo this"
-    old = {} if args.overwrite or not there else read_record(path)  # where nothing is made nothing can differ
-    if not old and not args.overwrite:
-        check(not there, f"{there and there[0]} is there without {path.name}, so it is left alone; {way_out}")
-    if old:
+    if there and not args.overwrite:  # where nothing is made nothing can differ
+        old = read_record(path)
+        check(old, f"{there[0]} is there without {path.name}, so it is left alone; {way_out}")
         for field in dataclasses.fields(args):
             was, value = old["args"].get(field.name, field.default), values[field.name]
             differs = f"{path.parent} was made with --{field.name} {was}, not {value}; {way_out}"
@@ -465,21 +436,17 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
             check(same, f"{name} is another than when {stage}.py ran in {path.parent}; {way_out}")
         if old.get("versions") != record["versions"]:
             warn(f"rows in {path.parent} that are kept were made with {old.get('versions')}")
-        record = {**old, **record}
         whole = len(there) == len(outputs) and old.get("rows") in (None, count_lines(outputs[0]))
-        record["complete"] = bool(old.get("complete")) and whole
+        record = {**old, **record, "complete": bool(old.get("complete")) and whole}
     wait_for_all()  # all have read what was there
+    # the record is written as incomplete before anything else changes
     if processes()[0] == 0 and not record["complete"]:
         write_record(record)
         for output in there:
             if args.overwrite and output.is_file():
                 output.unlink()
             elif output.suffix == ".jsonl":  # a row that a kill has cut goes, and is made again
-                with open(output, "rb+") as file:
-                    end = file.seek(0, os.SEEK_END)
-                    while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-                        end -= 1
-                    file.truncate(end)
+                os.truncate(output, output.read_bytes().rfind(b"\n") + 1)
     wait_for_all()
     return record
 
@@ -487,7 +454,7 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
 def count_lines(path: Path) -> int:
     """Whole lines of a file."""
     with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return sum(line.endswith(b"\n") for line in file)
 
 
 def finish(record: dict, rows: int | None = None, **facts) -> None:
@@ -508,10 +475,9 @@ def _from_pretrained(auto_class: str, name: str, **options):
     huggingface_hub.logging.set_verbosity_error()  # the libraries' own warnings and bars; our own lines stay
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    folder = find_path(name)
+    folder, is_hub_name = find_path(name), name.count("/") < 2 and name.strip() and name[0] not in "./~"
     hint = "; `python recipes/get_smollm2.py` makes it" if name == DEFAULT_MODEL else ""
-    is_path = not name.strip() or name == DEFAULT_MODEL or name.startswith((".", "/", "~")) or name.count("/") > 1
-    check(folder.is_dir() or not is_path, f"model '{name}': no such folder{hint}")
+    check(folder.is_dir() or (is_hub_name and not hint), f"model '{name}': no such folder{hint}")
     try:
         loader = getattr(transformers, auto_class)
         return loader.from_pretrained(str(folder) if folder.is_dir() else name, **options)
@@ -534,21 +500,16 @@ def load_config(name: str):
 
 
 def load_model(name: str, dtype: str = "auto", device=None, attn_implementation=None, device_map=None):
-    """The causal model on `device` (default: this process's GPU if there is one), in evaluation mode.
-
-    dtype: "auto" is float32 on a CPU, on a GPU the type in which the model was saved. device_map: accelerate's word for
-    how layers are spread over devices. UserError if weights are missing or of another shape: those would be random.
-    """
+    """The causal model in evaluation mode, on `device` (default: this process's GPU, else the CPU)."""
     import torch
 
-    if dtype == "auto":
+    if dtype == "auto":  # float32 on a CPU, on a GPU as saved
         saved = getattr(load_config(name).get_text_config(), "dtype", None)
         dtype = str(saved or "float32").removeprefix("torch.") if torch.cuda.is_available() else "float32"
-    options = {"attn_implementation": attn_implementation, "device_map": device_map}
-    options = {key: value for key, value in options.items() if value} | {"dtype": getattr(torch, dtype)}
+    options = {"attn_implementation": attn_implementation, "device_map": device_map, "dtype": getattr(torch, dtype)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused here, by name
     model, info = _from_pretrained("AutoModelForCausalLM", name, **options)
-    for kind in ("missing", "mismatched"):
+    for kind in ("missing", "mismatched"):  # weights of either kind would be random
         keys = sorted(map(str, info.get(f"{kind}_keys") or ()))
         check(not keys, f"model '{name}': {len(keys)} {kind} weights, such as {' and '.join(keys[:2])}")
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -569,13 +530,11 @@ def context_length(config) -> int:
 
 
 def end_token_ids(tokenizer, model) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, the generation config's, and the template's own.
-
-    The last is the special token with which the template closes an assistant's turn.
-    """
+    """Every token that ends an answer: the tokenizer's, the generation config's, and the template's own."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = set(ids if isinstance(ids, (list, tuple)) else [ids]) | {tokenizer.eos_token_id}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # the template's own: the special token with which it closes an assistant's turn
     with contextlib.suppress(UserError):  # a template that refuses an assistant's turn has no closing to offer
         turn = [*as_messages("a"), {"role": "assistant", "content": "Zq7"}]
         text = "".join(text for text, _ in render_chat(tokenizer, turn, add_generation_prompt=False))
@@ -585,16 +544,16 @@ def end_token_ids(tokenizer, model) -> list[int]:
 
 
 def render_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
-    """The conversation as the template writes it, in pieces (text, is_plain).
+    """The conversation as the template writes it, in pieces (text, is_plain); joined, they are the rendered text.
 
-    A piece with is_plain holds a special token's string that stood inside a message; it is to be tokenized as plain
-    text, so a message can't close its own turn. Joined, the pieces are the rendered conversation. UserError if the
-    template leaves out or changes what a message says.
+    is_plain: a special token's string that stood inside a message. It is tokenized as plain text, so a message can't
+    close its own turn. UserError if the template leaves out or changes what a message says.
     """
     special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     pattern, found = re.compile("|".join(re.escape(token) for token in special if token) or r"(?!)"), []
+    # such a string is hidden from the template behind a character that no message has, of the private use area
     everything = "".join(message["content"] for message in messages)
-    mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in everything)  # private use
+    mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in everything)
 
     def hide(match: re.Match) -> str:
         found.append(match.group())
@@ -633,11 +592,9 @@ LEAVE_AT = 0.9  # rows that have ended leave once no more than this share of the
 
 
 class Completion(typing.NamedTuple):
-    """A generated response: its text, its length in tokens, and if it met the length limit."""
-
     text: str
-    tokens: int
-    truncated: bool
+    tokens: int  # its length
+    truncated: bool  # it met the length limit
 
 
 def pad_left(rows: list[list[int]], device):
@@ -657,7 +614,8 @@ def new_cache(config):
 
     class InPlaceCache(DynamicCache):
         def update(self, keys, values, layer_idx, *args, **kwargs):
-            layer = self.layers[layer_idx]  # those with sliding windows or recurrent states stay as they are
+            layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            # sliding windows and recurrent states stay as they are
             if type(layer).__name__ != "DynamicLayer" or not layer.is_initialized or keys.shape[2] > 1:
                 return super().update(keys, values, layer_idx, *args, **kwargs)
             for name, new in (("keys", keys), ("values", values)):
@@ -669,14 +627,11 @@ def new_cache(config):
                 getattr(layer, name)[:, :, length:] = new
             return layer.keys, layer.values
 
-    return InPlaceCache(config=config.get_text_config())
+    return InPlaceCache(config=config and config.get_text_config())
 
 
 def read_tokens(model, cache, mask, ids):
-    """Reads the tokens `ids` (B, T) after what is in `cache`; the logits behind the last, float32 (B, V).
-
-    `mask` (B, past + T) is 0 at padding; positions follow from it. UserError if the logits are not finite.
-    """
+    """Reads `ids` (B, T) after what is in `cache`, with `mask` (B, past + T); the last logits, float32 (B, V)."""
     import torch
 
     options = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :], "logits_to_keep": 1}
@@ -684,9 +639,9 @@ def read_tokens(model, cache, mask, ids):
     options = {name: value for name, value in options.items() if name in takes}
     name = next((name for name in ("cache", "past_key_values") if name in takes), None)  # newer and older transformers
     check(name, f"{type(model).__name__} takes no cache of keys and values in this transformers")
-    options |= {name: cache, "use_cache": cache is not None}
     if cache is not None and all(type(layer).__name__ == "LinearAttentionLayer" for layer in cache.layers):
         mask = mask[:, -ids.shape[1] :]  # Mamba: no layer looks back
+    options |= {name: cache, "use_cache": cache is not None}
     output = model(input_ids=ids, attention_mask=mask, **options)
     kept = cache is None or getattr(output, name, None) is cache  # else it would read without what came before
     check(kept, f"{type(model).__name__} does not keep its cache of keys and values in this transformers")
@@ -696,11 +651,40 @@ def read_tokens(model, cache, mask, ids):
     return logits
 
 
-def draw_tokens(logits, uniforms, temperature: float, top_p: float):
-    """The next token of each row, int64 (B,). logits (B, V), uniforms (B,) in [0, 1); temperature 0: greedy.
+def shared_prefix(rows: list[list[int]]) -> int:
+    """How many tokens at the beginning all rows have in common."""
+    low, high = min(rows), max(rows)  # in sorting order the first and the last differ earliest
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
-    Where the cumulated probabilities pass the row's own number, so it does not depend on the rows beside it.
+
+def branching_length(model) -> int:
+    """How many tokens a row may have for its beginning to be read apart from its rest; 0: it can't be."""
+    from transformers import DynamicCache
+
+    # A recurrent state can neither be padded in between nor go back, a sliding window counts padding, and MPT's
+    # biases go by a token's place in the cache.
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    plain = all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers)
+    lengths = [getattr(layer, "sliding_window", None) or 1 << 30 for layer in layers]
+    return min(lengths, default=0) if plain and model.config.model_type != "mpt" else 0
+
+
+def read_prefix(model, rows: typing.Sequence, room: int) -> tuple:
+    """Reads what all rows begin with: (cache, how many tokens that was).
+
+    It's nothing where the cache can't branch at that length; `room` is for what follows the rows.
     """
+    shared = min(shared_prefix(rows), min(map(len, rows)) - 1)
+    shared = shared if max(map(len, rows)) + room <= branching_length(model) else 0
+    cache = new_cache(None if shared else model.config)  # without a config no layer forgets what leaves its window
+    if shared:
+        ids, mask = pad_left([rows[0][:shared]], model.device)
+        read_tokens(model, cache, mask, ids)
+    return cache, shared
+
+
+def draw_tokens(logits, uniforms, temperature: float, top_p: float):
+    """The next token of each row, int64 (B,). logits (B, V), uniforms (B,) in [0, 1); temperature 0: greedy."""
     import torch
 
     if temperature == 0:
@@ -709,6 +693,7 @@ def draw_tokens(logits, uniforms, temperature: float, top_p: float):
     if top_p < 1:  # the likeliest tokens, up to the one that reaches top_p
         probs, order = probs.sort(dim=-1, descending=True)
         probs = probs * (probs.cumsum(-1) - probs < top_p)
+    # where the cumulated probabilities pass the row's own number: the rows beside it do not matter
     cumulated = probs.cumsum(-1, dtype=torch.float64)
     index = torch.searchsorted(cumulated, (uniforms * cumulated[:, -1])[:, None], right=True)
     index = index.clamp(max=logits.shape[-1] - 1)
@@ -741,10 +726,13 @@ def generate(
             row.uniform_(generator=torch.Generator().manual_seed(seed % (1 << 63)))
     uniforms = uniforms.to(device)
     with torch.inference_mode():
-        # every distinct prompt is read once, then copied to the rows that go on from it
+        # what all prompts begin with is read once, then the rest of each distinct one, copied to the rows that go on
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        ids, mask = pad_left(list(distinct), device)
-        cache = new_cache(model.config)
+        cache, shared = read_prefix(model, list(distinct), max_new_tokens)
+        if shared:
+            cache.batch_repeat_interleave(len(distinct))
+        ids, mask = pad_left([prompt[shared:] for prompt in distinct], device)
+        mask = torch.cat([mask.new_ones((len(mask), shared)), mask], dim=1)
         logits = read_tokens(model, cache, mask, ids)
         if len(distinct) < len(prompts):
             rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
@@ -783,46 +771,24 @@ READ_AT_ONCE = 1024  # tokens of a pass on a CPU, with padding; more would not b
 
 
 class Choice(typing.NamedTuple):
-    """What fills a blank: the index of the greedily chosen option, and log P of every option."""
-
-    index: int
-    logps: list[float]
-
-
-def shared_prefix(rows: list[list[int]]) -> int:
-    """How many tokens at the beginning all rows have in common."""
-    low, high = min(rows), max(rows)  # in sorting order the first and the last differ earliest
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-
-
-def option_tokens(tokenizer, before: str, after: str, options: list[str]) -> tuple[list[int], list[list[int]]]:
-    """Tokenizes `before` + option + `after`: (the tokens that all options share, the rest of each).
-
-    Whole strings, so it does not matter if "10" is one token or two, or if a space is part of the number's token.
-    """
-    rows = [tokenizer(f"{before}{option}{after}", add_special_tokens=False).input_ids for option in options]
-    shared = shared_prefix(rows)
-    rests = [row[shared:] for row in rows]
-    apart = all(a is b or a != b[: len(a)] for a in rests for b in rests)
-    check(apart, "this tokenizer does not tell the options of an answer apart; use --score_mode json")
-    return rows[0][:shared], rests
+    index: int  # of the option that fills a blank, chosen greedily
+    logps: list[float]  # log P of every option
 
 
 def read_options(look: typing.Callable, suffixes: list[list[int]]) -> list[Choice]:
     """The Choice of each row of a batch for one blank. suffixes: the tokens of each option.
 
     look(path) returns the logits (B, V) of what follows the tokens `path`. At each step only tokens that still lead to
-    an option count; P(option) is the product of these renormalized steps, so the options' probabilities sum to 1.
+    an option count, so the options' probabilities, products of such steps, sum to 1.
     """
     import torch
 
     logps, greedy = [0.0] * len(suffixes), [True] * len(suffixes)
-    paths = {tuple(row[:i]) for row in suffixes for i in range(len(row))}
-    for path in sorted(paths, key=lambda path: (len(path), path)):
+    for path in sorted({tuple(row[:i]) for row in suffixes for i in range(len(row))}, key=len):
         alive = [k for k, row in enumerate(suffixes) if tuple(row[: len(path)]) == path]
         tokens = list(dict.fromkeys(suffixes[k][len(path)] for k in alive))
         if len(tokens) > 1:  # else there is nothing to choose here
-            steps = torch.log_softmax(look(list(path))[:, tokens].double(), dim=-1)  # (B, tokens)
+            steps = torch.log_softmax(look(path)[:, tokens].double(), dim=-1)  # (B, tokens)
             for k in alive:
                 column = tokens.index(suffixes[k][len(path)])
                 logps[k] = logps[k] + steps[:, column]
@@ -832,21 +798,28 @@ def read_options(look: typing.Callable, suffixes: list[list[int]]) -> list[Choic
 
 
 def read_blanks(read: typing.Callable, tokenizer, rows: int, skeleton: list[str], options: list[str]) -> list[list]:
-    """The Choices of each of `rows` answers, one a blank of the skeleton.
-
-    read(tokens, keep) appends tokens to each row, for good if `keep`, and returns the logits (rows, V) behind them.
-    """
+    """The Choices of each of `rows` answers, one a blank of the skeleton."""
+    # read(tokens, keep) appends tokens to each row, for good if `keep`, and returns the logits (rows, V) behind them
     texts, done, answers = [skeleton[0]] * rows, [[]] * rows, [[] for _ in range(rows)]
     for after in skeleton[1:]:
-        forms = {text: option_tokens(tokenizer, text, after, options) for text in dict.fromkeys(texts)}
+        # Whole strings are tokenized, so it does not matter if "10" is one token or two, or has a space in it:
+        # forms[text so far] = (the tokens that all options share, the rest of each option)
+        forms = {}
+        for text in dict.fromkeys(texts):
+            ids = [tokenizer(f"{text}{option}{after}", add_special_tokens=False).input_ids for option in options]
+            shared = shared_prefix(ids)
+            rests = [row[shared:] for row in ids]
+            apart = all(a is b or a != b[: len(a)] for a in rests for b in rests)
+            check(apart, "this tokenizer does not tell the options of an answer apart; use --score_mode json")
+            forms[text] = ids[0][:shared], rests
         whole = all(forms[text][0][: len(tokens)] == tokens for text, tokens in zip(texts, done, strict=True))
         check(whole, "this tokenizer merges the answer's form across its blanks; use --score_mode json")
         known = {(): read([forms[text][0][len(tokens) :] for text, tokens in zip(texts, done, strict=True)], True)}
 
-        def look(path: list[int], known=known):
-            if tuple(path) not in known:  # "1" before "10", where ten is two tokens
-                known[tuple(path)] = read([path] * rows, False)
-            return known[tuple(path)]
+        def look(path: tuple, known=known):
+            if path not in known:  # "1" before "10", where ten is two tokens
+                known[path] = read([list(path)] * rows, False)
+            return known[path]
 
         # after "10" the rest of the form may be tokenized differently than after "1"
         for suffixes in {str(rests): rests for _, rests in forms.values()}.values():
@@ -857,20 +830,6 @@ def read_blanks(read: typing.Callable, tokenizer, rows: int, skeleton: list[str]
     return answers
 
 
-def branching_length(model) -> int:
-    """How many tokens a row may have for its beginning to be read apart from its rest; 0: it can't be.
-
-    A layer with a recurrent state can neither be padded in between nor go back, a sliding window counts padding, and
-    MPT's biases go by a token's place in the cache.
-    """
-    from transformers import DynamicCache
-
-    layers = DynamicCache(config=model.config.get_text_config()).layers
-    plain = all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in layers)
-    lengths = [getattr(layer, "sliding_window", None) or 1 << 30 for layer in layers]
-    return min(lengths, default=0) if plain and model.config.model_type != "mpt" else 0
-
-
 def choose_options(model, tokenizer, rows: list[list[int]], skeleton, options, on_tokens=lambda count: None):
     """Fills the blanks of an answer after each tokenized prompt: a list of Choices a row.
 
@@ -878,23 +837,17 @@ def choose_options(model, tokenizer, rows: list[list[int]], skeleton, options, o
     allow that reads every row whole, once a blank: slower, with the same result.
     """
     import torch
-    from transformers import DynamicCache
 
     answers: list = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     room = len(tokenizer("".join(skeleton)).input_ids) + 8 * len(skeleton)  # of an answer, at most
-    shared = min(shared_prefix(rows), len(rows[order[-1]]) - 1)
-    shared = shared if len(rows[order[0]]) + room <= branching_length(model) else 0
     limit = READ_AT_ONCE * (1 if model.device.type == "cpu" else 16)
     with torch.inference_mode(), float32_head(model):
-        prefix = DynamicCache()  # without a config no layer forgets what leaves its window
-        if shared:
-            ids, mask = pad_left([rows[0][:shared]], model.device)
-            read_tokens(model, prefix, mask, ids)
+        prefix, shared = read_prefix(model, rows, room)
         while order:
             size = max(1, limit // (len(rows[order[0]]) - shared + room))
             part, order = order[:size], order[size:]
-            rest = [rows[i][shared:] for i in part]
+            rest = [rows[i][shared:] for i in part]  # what `cache` does not hold yet
             cache, seen = copy.deepcopy(prefix), torch.ones((len(part), shared), dtype=torch.long, device=model.device)
             if shared:
                 cache.batch_repeat_interleave(len(part))
@@ -915,7 +868,7 @@ def choose_options(model, tokenizer, rows: list[list[int]], skeleton, options, o
 
             for i, answer in zip(part, read_blanks(read, tokenizer, len(part), skeleton, options), strict=True):
                 answers[i] = answer
-            on_tokens(sum(map(len, [rows[i] for i in part])))
+            on_tokens(sum(len(rows[i]) for i in part))
     return answers
 
 
@@ -924,16 +877,14 @@ def float32_head(model):
     """The output head in float32, since bfloat16 logits of the ten numbers tie and cross."""
     import torch
 
-    head = model.get_output_embeddings()
-    before = vars(head).get("forward")
-    if model.dtype != torch.float32 and isinstance(head, torch.nn.Linear):
+    def again(head, inputs, output):
         bias = None if head.bias is None else head.bias.float()
-        head.forward = lambda states: torch.nn.functional.linear(states.float(), head.weight.float(), bias)
-    try:
+        return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)
+
+    head = model.get_output_embeddings()
+    reduced = model.dtype != torch.float32 and isinstance(head, torch.nn.Linear)
+    with head.register_forward_hook(again) if reduced else contextlib.nullcontext():
         yield
-    finally:
-        vars(head).pop("forward", None)
-        vars(head).update({"forward": before} if before else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -968,19 +919,11 @@ class Engine:
         seconds = max(time.monotonic() - self.started, 1e-9)
         return f"in {self.tokens_in / seconds:.0f}, out {self.tokens_out / seconds:.0f} tokens/s"
 
-    def summary(self) -> str:
-        """One line for the end of a stage; empty where nothing was asked."""
-        counts = f"{self.tokens_in} tokens in, {self.tokens_out} out ({self.rates()})"
-        return f"  {self.title}: {counts}" if self.tokens_in + self.tokens_out else ""
-
 
 class Local(Engine):
-    """A model in this process. The tokenizer is there at once, the weights when they are first asked for.
+    """A model in this process: the tokenizer is there at once, the weights when they are first asked for."""
 
-    batch_size: sequences decoded at a time. cached_tokens: how many tokens, unwritten ones included, a batch may hold;
-    None: what half of the memory holds. model and tokenizer are loaded unless given.
-    """
-
+    # cached_tokens: how many tokens, unwritten ones included, a batch may hold; None: what half of the memory holds
     def __init__(self, name: str, chat_template=None, dtype="auto", device_map=None, batch_size=72, cached_tokens=None,
                  model=None, tokenizer=None):  # fmt: skip
         super().__init__(name)
@@ -992,7 +935,6 @@ class Local(Engine):
 
     @property
     def model(self):
-        """The weights, loaded when they are first asked for."""
         if self.loaded is None:
             self.loaded = load_model(self.name, **self.options)
             check_vocabulary(self.tokenizer, self.loaded, self.name)
@@ -1003,7 +945,6 @@ class Local(Engine):
         self.started = time.monotonic()
 
     def encode(self, messages: list[dict]) -> list[int]:
-        """Token ids up to where the assistant begins to write."""
         return encode_chat(self.tokenizer, messages)
 
     def length(self, messages: list[dict]) -> int:
@@ -1018,34 +959,27 @@ class Local(Engine):
 
         prompts = [self.encode(chat) for chat in chats]
         completions = in_halves(decode, list(zip(prompts, seeds, strict=True)))
-        self.count(sum(map(len, set(map(tuple, prompts)))))
+        self.count(sum(map(len, set(map(tuple, prompts)))))  # equal prompts are read once
         return completions
 
     def choose(self, chats: list[list[dict]], skeleton: list[str], options: list[str]) -> list[list[Choice]]:
         """Fills the blanks between the skeleton's parts with the options; see `choose_options`."""
-
-        def read(rows: list[list[int]]) -> list[list[Choice]]:
-            return choose_options(self.model, self.tokenizer, rows, skeleton, options, on_tokens=self.count)
-
+        form = {"skeleton": skeleton, "options": options, "on_tokens": self.count}
+        read = functools.partial(choose_options, self.model, self.tokenizer, **form)
         return in_halves(read, [self.encode(chat) for chat in chats])
 
 
 def tokens_in_memory(config) -> int:
-    """How many tokens' keys and values fill half of the GPU's, or the machine's, memory; the rest is the model's.
-
-    A token takes 128 KiB for Llama-3.1-8B in bfloat16, so 80 GB hold 305,000. On a CPU all is float32.
-    """
+    """How many tokens' keys and values fill half of the GPU's, or the machine's, memory; the rest is the model's."""
     import torch
 
-    config, cuda = config.get_text_config(), torch.cuda.is_available()
+    # a token takes 128 KiB for Llama-3.1-8B in bfloat16, so 80 GB hold 305,000; on a CPU all is float32
+    config, memory, width = config.get_text_config(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 4
+    if torch.cuda.is_available():
+        memory, width = torch.cuda.get_device_properties(0).total_memory, 2
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    memory = (
-        torch.cuda.get_device_properties(0).total_memory
-        if cuda
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    return memory // 2 // (2 * config.num_hidden_layers * heads * size * (2 if cuda else 4))
+    return memory // 2 // (2 * config.num_hidden_layers * heads * size * width)
 
 
 def in_halves(work: typing.Callable[[list], list], items: list) -> list:
@@ -1055,112 +989,81 @@ def in_halves(work: typing.Callable[[list], list], items: list) -> list:
     try:
         return work(items) if items else []
     except torch.OutOfMemoryError as error:
-        check(
-            len(items) > 1, f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
-        )
+        few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
+        check(len(items) > 1, few)
         warn(f"out of memory with {len(items)} responses at once: going on with half; see --cached_tokens")
     torch.cuda.empty_cache()  # not in the except: its traceback held the tensors
     middle = (len(items) + 1) // 2
     return in_halves(work, items[:middle]) + in_halves(work, items[middle:])
 
 
-# What servers read as one token where a text spells it; a space after the first character breaks it. Known:
-# <|x|> and <｜x｜> (ChatML, Llama, DeepSeek, GLM, Phi, Cohere, Granite, gpt-oss, …), <|x> and <x|> (Gemma 4),
-# <s> <eos> …, <start_of_turn> (Gemma) and its kind, [INST] … (Mistral), [|x|] (EXAONE), <<SYS>> (Llama 2),
-# <seed:bos>, <SPECIAL_1> and <extra_id_1> (Nemotron), <reserved_1> (Baichuan), <BOS_TOKEN> (Cohere), <_user>
-# (TeleChat), <fim_prefix> (StarCoder), [gMASK] (GLM), [UNUSED_TOKEN_1] (InternLM), ]~b] and [e~[ (MiniMax)
+# What servers read as one token where a text spells it; a space behind its first character breaks it. By line: <|x|>
+# and, of Gemma 4, <|x> <x|>; <s>, <eos>, …; words as <start_of_turn>, <BOS_TOKEN>, <extra_id_1>; rarer ones; [INST], …
 CONTROL_TOKENS = re.compile(
-    r"<(?=[|｜][^<>\s]{1,60}>|[^<>\s]{1,60}[|｜]>|<?/?(?:s|bos|eos|pad|unk|sep|cls|mask|sop|eop|eod|eot|eoh|eoa"
-    r"|image|SYS|PAD|UNK|CLS|SEP|MASK|EOD)>|(?:start|end|begin|beginning)_of_\w{1,40}>|seed:[\w:]{1,40}>"
-    r"|\w{1,20}_(?:TOKEN|soft_token)>|(?:TOKENS_UNUSED|SPECIAL|extra_id|reserved|unused|fim)_?\w{1,20}>"
-    r"|_(?:user|bot|system|end)>)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|CALL_ID|ARGS|THINK"
-    r"|IMG\w{0,10}|AUDIO|BEGIN_AUDIO|TRANSCRIBE|MODEL_SETTINGS|PREFIX|MIDDLE|SUFFIX|BOS|EOS|PAD|UNK|CLS|SEP|MASK"
-    r"|[gsed]MASK|(?:UNUSED_TOKEN_|unused)\d+)\]|\|[^|\[\]\s]{1,40}\|\]|e~\[)|\](?=~!?b[\]\[])"
+    r"<(?=[|｜][^<>\s]{1,60}>|[^<>\s]{1,60}[|｜]>"
+    r"|/?(?:s|[be]os|pad|unk|sep|cls|mask|so[sp]|eo[adhpt]|image|PAD|UNK|CLS|SEP|MASK|EOD)>"
+    r"|\w{0,20}(?:_of_|_TOKEN|TOKENS_|_token|SPECIAL_|extra_id_|reserved_|unused|fim_)\w{0,40}>"
+    r"|<?/?SYS>|_(?:user|bot|system|end)>|seed:\w{1,40}>)|\[(?=\|[^|\[\]\s]{1,40}\|\]|e~\[)|\](?=~!?b[\]\[])"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w{1,20}|CALL_ID|ARGS|IMG\w{0,10}|(?:BEGIN_)?AUDIO|THINK"
+    r"|TRANSCRIBE|MODEL_SETTINGS|PREFIX|MIDDLE|SUFFIX|[BE]OS|PAD|UNK|CLS|SEP|[gsed]?MASK|(?:UNUSED_TOKEN_|unused)\d+)\])"
 )
-END = b"\0"  # stands for the token that ends an answer
+# Without top_k and min_p llama.cpp takes 40 and 0.05; some servers take no such fields, or another one for the length.
+SETTINGS = (({"top_k": -1, "min_p": 0.0}, "max_tokens"), ({}, "max_tokens"), ({}, "max_completion_tokens"))
+FIRST_PAUSE = 0.5  # seconds before a request is tried again; doubled each time
 
 
-def join_form(texts: list[str], groups: list[str], glue: str = "") -> str:
-    """texts[0] + groups[0] + texts[1] + … + texts[-1]."""
-    return glue.join(itertools.chain(*itertools.zip_longest(texts, groups, fillvalue="")))
+def join_form(texts: list[str], blanks: list[list[str]], quote: typing.Callable[[str], str]) -> str:
+    """The form texts[0] + one of blanks[0] + texts[1] + …, with (this|that) as in regular expressions and GBNF."""
+    groups = [f"({'|'.join(map(quote, options))})" for options in blanks]
+    return "".join(quote(text) + group for text, group in zip(texts, [*groups, ""], strict=True))
 
 
 def form_regex(texts: list[str], blanks: list[list[str]]) -> str:
-    """A regular expression for texts[0] + one of blanks[0] + texts[1] + …, in what all servers' engines understand."""
-    quote = lambda text: re.sub(r"([\\.^$*+?{}\[\]|()])", r"\\\1", text).replace("\n", "\\n")  # noqa: E731
-    return join_form(list(map(quote, texts)), [f"({'|'.join(map(quote, options))})" for options in blanks])
-
-
-def form_grammar(texts: list[str], blanks: list[list[str]]) -> str:
-    """The same as a grammar of llama.cpp (GBNF)."""
-    groups = [f"({' | '.join(map(json.dumps, options))})" for options in blanks]
-    return join_form(["root ::= " + json.dumps(texts[0]), *map(json.dumps, texts[1:])], groups, " ")
+    """The form as a regular expression, in words that all servers' engines understand."""
+    return join_form(texts, blanks, lambda text: re.sub(r"([\\.^$*+?{}\[\]|()])", r"\\\1", text).replace("\n", "\\n"))
 
 
 def form_schema(texts: list[str], blanks: list[list[str]]) -> dict:
-    """The same as a JSON schema with an enum for each blank. ValueError if the form is no JSON object."""
-    marks = {str(10**15 + i): options for i, options in enumerate(blanks)}  # to find the blanks again
-
-    def schema(value) -> dict:
-        if isinstance(value, dict):
-            parts = {name: schema(part) for name, part in value.items()}
-            return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
-        options = marks.get(str(value), [str(value)])
-        return {"enum": options if isinstance(value, str) else [json.loads(option) for option in options]}
-
-    whole = {"name": "answer", "strict": True, "schema": schema(json.loads(join_form(texts, list(marks))))}
-    return {"type": "json_schema", "json_schema": whole}
+    """The form as a JSON schema. ValueError unless it is a flat JSON object whose values are the blanks."""
+    firsts = [options[0] for options in blanks]
+    example = json.loads("".join(text + first for text, first in zip(texts, [*firsts, ""], strict=True)))
+    values, fields = example.items() if isinstance(example, dict) else (), {}
+    for (name, value), options in zip(values, blanks, strict=True):
+        fields[name] = {"enum": options if isinstance(value, str) else [json.loads(option) for option in options]}
+    schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 
 
 # How servers hold an answer to a form, best first: (what it is called, the fields of the request)
 WAYS = (
     ("regex", lambda *form: {"structured_outputs": {"regex": form_regex(*form)}}),  # vLLM
-    ("regex", lambda *form: {"guided_regex": form_regex(*form)}),  # vLLM before 0.12
     ("regex", lambda *form: {"regex": form_regex(*form)}),  # SGLang
-    ("grammar", lambda *form: {"grammar": form_grammar(*form)}),  # llama.cpp
+    ("grammar", lambda *form: {"grammar": "root ::= " + join_form(*form, json.dumps)}),  # llama.cpp
     ("schema", lambda *form: {"response_format": form_schema(*form)}),
 )
 
 
-def log_sum(*values: float) -> float:
-    """log(sum of exp(value))."""
-    most = max(values, default=-math.inf)
-    return most if most == -math.inf else most + math.log(sum(math.exp(value - most) for value in values))
+def read_blank(tokens: list, text: bytes, start: int, end: int, options: list[str]) -> list[tuple[list[str], float]]:
+    """[(options that begin with the same token, P of these)] for text[start:end], read along the tokens of an answer.
 
-
-def read_blank(tokens: list, text: bytes, start: int, end: int, options: list[bytes]) -> tuple[dict, list]:
-    """The log-probabilities of the options for text[start:end], renormalized over them token by token.
-
-    tokens: (what was written, {what could have been: its log-probability}) of each. Also returns what they
-    do not tell: (options that begin with the same unwritten token, their log-probability together).
+    tokens: (what was written, {what could have been: its log-probability}) of each. Tokens that lead to no option do
+    not count, because llama.cpp lists those that its grammar forbids.
     """
-    found, untold, left = collections.defaultdict(lambda: -math.inf), [], options
-    reached, offset = 0.0, 0  # the log-probability of what is written since `start`; where the token begins
+    parts, reached, offset = [], 1.0, 0  # reached: P of what is written, which leads to `options`
     for written, others in tokens:
-        if left and offset + len(written) > start:
-            # an option takes a token that it goes on with; a token that none takes is left out, because
-            # llama.cpp lists those that its grammar forbids
-            rest = {option: (text[:start] + option + text[end:] + END)[offset:] for option in left}
-            takers = {t: [o for o in left if rest[o].startswith(t)] for t in others if offset + len(t) > start}
-            total = log_sum(*(others[token] for token, takes in takers.items() if takes))
-            left, before = [], reached
-            for token, takes in takers.items():
-                logp = before + others[token] - total
-                if token == written and len(takes) > 1:  # "1" of 1 and 10: the next token parts them
-                    left, reached = takes, logp
-                    continue
-                if len(takes) > 1:  # where "10" is a token too, the token "1" is the option 1 alone
-                    longer = [t for t in takers if len(t) > len(token)]
-                    in_longer = lambda o: any(o in takers[t] and offset + len(t) <= start + len(o) for t in longer)  # noqa: B023, E731
-                    takes = [option for option in takes if not in_longer(option)]
-                if 1 < len(takes) < len(options) and logp > math.log(1e-5):
-                    untold.append((takes, logp))
-                elif takes:  # one, or so unlikely that it hardly matters which
-                    found[takes[0]] = log_sum(found[takes[0]], logp)
+        if offset + len(written) > start and len(options) > 1:
+            rest = {option: (text[:start] + option.encode())[offset:] for option in options}
+            # where "10" is a token too, the token "1" leads to 1 alone
+            leads = {t: [o for o in options if (rest[o] + text[end:]).startswith(t)
+                         and not (len(t) < len(rest[o]) and rest[o] in others)]
+                     for t in others if offset + len(t) > start}  # fmt: skip
+            shares = {t: math.exp(others[t] - others[written]) for t in leads if 0 < len(leads[t]) < len(options)}
+            if len(leads[written]) < len(options):  # this token parts them
+                total = sum(shares.values())
+                parts += [(leads[t], reached * share / total) for t, share in shares.items() if t != written]
+                options, reached = leads[written], reached * shares.get(written, 0.0) / total
         offset += len(written)
-    if left:  # no token parts them
-        found[text[start:end]] = log_sum(found[text[start:end]], reached)
-    return found, untold
+    return [*parts, ([text[start:end].decode()], reached)]
 
 
 class Refused(Exception):
@@ -1170,293 +1073,186 @@ class Refused(Exception):
 class Server(Engine):
     """A model behind a URL that speaks the OpenAI chat protocol, asked `concurrency` times at once.
 
-    The openai package sends, and tries again what the network or the server's load spoils. It works on an
-    event loop in a thread of its own, where a request can be given up at any moment: a server that drips does
-    not hold the run, and Ctrl-C need not wait. What differs from a local model: the server applies its own
-    chat template and would obey control tokens in a text, so they are broken; seeds bind if it keeps them.
+    The openai package sends from an event loop in a thread of its own, where a request can be given up at any moment.
+    The server applies its own chat template.
     """
 
-    with_logprobs = True  # False: only the chosen options count, and no further requests are made for the others
-
-    def __init__(
-        self, url: str, model: str, key: str | None, concurrency: int, timeout: float, retries: int,
-        key_name: str = "SPA_API_KEY",
-    ):  # fmt: skip
+    def __init__(self, url: str, model: str, key: str | None, concurrency: int, timeout: float, retries: int,
+                 key_name: str = "SPA_API_KEY"):  # fmt: skip
         super().__init__(f"{model} at {url}")
-        try:
-            parts = urllib.parse.urlsplit(url)
-            well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            well_formed = False
-        check(well_formed, "an endpoint is a URL such as http://localhost:8000/v1")
-        secret = parts.username or parts.password or parts.query
-        check(not secret, f"an endpoint's URL is written into the run directory: put its key in ${key_name}")
-        self.url = url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
-        self.model, self.key, self.key_name = model, (key or "").strip(), key_name
-        fit = self.key.isascii() and self.key.isprintable() and " " not in self.key
-        check(fit, f"${key_name} has characters that no HTTP header takes")
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self.client, self.lock = None, threading.Lock()
-        self.mode, self.has_logprobs, self.ways = None, False, {}  # how answers are held to a form: see `probe_form`
-        self.refused, self.filtered, self.refusal = 0, 0, ""  # requests; the server's last words on one
-        self.warned, self.length_name = set(), "max_tokens"
-        self.extras = {"top_k": -1, "min_p": 0.0}  # without them llama.cpp takes 40 and 0.05
+        check(not {"@", "?"} & set(url), f"an endpoint's URL is written into files: put its key in ${key_name}")
+        parts = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)(/.*?[^/])?/*", url)
+        check(parts, "an endpoint is a URL such as http://localhost:8000/v1")
+        self.url, self.key, self.key_name = parts[1] + (parts[2] or "/v1"), (key or "").strip(), key_name
+        check(re.fullmatch("[!-~]*", self.key), f"${key_name} has characters that no HTTP header takes")
+        self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
+        self.client, self.lock, self.warned, self.refusal = None, threading.RLock(), set(), ""
+        # how answers are held to a form, see `probe_form`; without log-probabilities one request an answer does
+        self.mode, self.has_logprobs, self.way, self.with_logprobs = None, False, (), True
 
-    def complete(
-        self, chats: list, seeds: list[int], *, max_new_tokens: int, temperature: float, top_p: float = 1.0
-    ) -> list[Completion | None]:
-        """One completion of each chat; None if the server refuses it or its content filter stops the answer."""
-
-        async def one(chat: list[dict], seed: int) -> Completion:
-            choice, tokens = await self.ask(chat, seed, max_new_tokens, temperature, top_p)
-            return Completion(choice.message.content.strip(), tokens, choice.finish_reason == "length")
-
+    def complete(self, chats: list, seeds: list[int], **sampling) -> list[Completion | None]:
+        """A completion of each chat; None if the server refuses it or its content filter stops the answer."""
         self.open()
-        return self.run([one(chat, seed) for chat, seed in zip(chats, seeds, strict=True)])
+        answers = self.run([self.ask(chat, seed, **sampling) for chat, seed in zip(chats, seeds, strict=True)])
+        return [answer and answer[0] for answer in answers]
 
     def choose(self, chats: list, skeleton: list[str], options: list[str]) -> list[list[Choice] | None]:
-        """Fills the blanks as `choose_options`; the log-probabilities are those along the tokens of the greedy answer.
-
-        Where the server tells none (or `with_logprobs` is off) they are 0 for the chosen option and −inf for the
-        others. None for a chat that is refused, or answered in another form all the same. No option may be empty. A
-        form with characters of several tokens may get none, because some servers spell such tokens "�".
-        """
-        form = skeleton, [options] * (len(skeleton) - 1)
-        self.probe_form(skeleton, options)
-        check(bool(self.mode), f"{self.title} holds its answers to no form; pass --score_mode json")
-        way, top = self.ways[str(form)]
-        return self.run([self.fill(chat, form, way, top if self.with_logprobs else 0) for chat in chats])
-
-    # -- before the first row
+        """Fills the blanks as `choose_options`; None for a refused chat. Untold log-probabilities are 0 and −inf."""
+        with self.lock:  # the threads of several rows may come at once
+            if not self.mode:
+                self.probe_form(skeleton, options)
+        check(self.mode, f"{self.title} holds its answers to no form; pass --score_mode json")
+        (fields, top), form = self.way, (skeleton, [options] * (len(skeleton) - 1))
+        return self.run([self.fill(chat, form, fields, top if self.with_logprobs else 0) for chat in chats])
 
     def open(self) -> None:
         """Finds the model and its context, and asks for one token: what is wrong ends the stage here."""
         with self.lock:
             if self.client:
                 return
-            try:
-                import openai
-            except ImportError:
-                raise UserError("an endpoint needs the openai package: pip install openai") from None
-            server = self
+            check(importlib.util.find_spec("openai"), "an endpoint needs the openai package: pip install openai")
+            import openai
 
-            class Client(openai.DefaultAsyncHttpxClient):
-                async def send(self, request, **options):
-                    # these headers tell of the user's machine and other accounts
-                    for name in [n for n in request.headers if n.startswith(("x-stainless", "openai-"))]:
-                        del request.headers[name]
-                    # one limit for the whole answer, where the package has one for each piece of it
-                    response = await asyncio.wait_for(super().send(request, **options), server.timeout)
-                    status = response.status_code
-                    if status == 429 and "insufficient_quota" in response.text:
-                        response.headers["x-should-retry"] = "false"  # waiting brings no money
-                    elif status in (408, 409, 429) or status >= 500:
-                        server.warn_once("again", f"answers {status} {response.text}; trying again")
-                    return response
+            async def strip(request):  # of headers that tell of the user's machine and other accounts
+                for name in [name for name in request.headers if name.startswith(("x-stainless", "openai-"))]:
+                    del request.headers[name]
 
-            self.openai, self.loop = openai, asyncio.new_event_loop()
-            self.room = asyncio.Semaphore(self.concurrency)
+            self.openai, self.loop, self.room = openai, asyncio.new_event_loop(), asyncio.Semaphore(self.concurrency)
             threading.Thread(target=self.loop.run_forever, daemon=True).start()
-            options = {"base_url": self.url, "api_key": self.key or "none", "max_retries": self.retries}
-            self.client = openai.AsyncOpenAI(
-                **options, http_client=Client(), timeout=openai.Timeout(None, connect=min(30.0, self.timeout))
-            )
+            http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [strip]})
+            # `ask` limits the time of a whole answer, and tries again, since 200 with a bad answer needs that too
+            options = {"timeout": openai.Timeout(None, connect=30.0), "max_retries": 0, "http_client": http}
+            self.client = openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", **options)
             self.run([self.find_model()])
             self.tokens_in, self.tokens_out, self.started = 0, 0, time.monotonic()
 
-    async def find_model(self) -> None:
-        """Looks for the model in the server's list, reads its context there, and asks for one token."""
+    async def find_model(self):
+        """Reads the model's context in the server's list, and asks for one token in words that the server takes."""
         try:
-            entries = [entry.to_dict() for entry in (await self.client.models.list()).data]
-            listed = [entry for entry in entries if isinstance(entry.get("id"), str)]
-        except self.openai.APIConnectionError as error:
-            raise self.failed(error.__cause__ or error) from None
-        except (self.openai.AuthenticationError, self.openai.PermissionDeniedError) as error:
-            raise self.explain(error) from None
+            entries = [entry.to_dict() for entry in (await asyncio.wait_for(self.client.models.list(), 30)).data]
         except Exception:  # not every server has such a list
-            listed = []
-        own = [entry for entry in listed if self.model in (entry["id"], *(entry.get("aliases") or ()))]
-        served = self.show(", ".join(entry["id"] for entry in listed))
-        dropped = None
-        try:
-            while True:
-                try:
-                    await self.ask([{"role": "user", "content": "Hello"}], 0, 1, temperature=1.0)
-                    break
-                except Refused as refusal:
-                    if "max_completion_tokens" in str(refusal) and self.length_name == "max_tokens":
-                        self.length_name = "max_completion_tokens"
-                    elif self.extras:
-                        self.extras, dropped = {}, refusal
-                    else:
-                        raise UserError(f"{self.title} refuses a plain request: {refusal}") from None
-        except UserError:
-            check(bool(own) or not listed, f"{self.url} serves {served}, not {self.model}: see --model")
-            raise
-        if listed and not own:
-            warn(f"{self.url} serves {served}, and answers to the name {self.model} all the same")
-        if dropped:
-            warn(f"{self.title} takes no top_k and min_p ({dropped}), and may have its own")
-        for entry in own or listed[: len(listed) == 1]:
-            facts = entry | dict(entry.get("meta") or {})  # llama.cpp's, of each of its slots
-            for size in map(facts.get, ("n_ctx", "max_model_len", "context_length", "context_window")):
-                self.context = min(self.context, size) if isinstance(size, int) and size > 0 else self.context
+            entries = []
+        own = [entry for entry in entries if self.model in (entry.get("id"), *(entry.get("aliases") or ()))]
+        names = self.show(", ".join(str(entry.get("id")) for entry in entries))
+        if entries and not own:
+            warn(f"{self.url} lists {names}, not {self.model}")
+        for entry in own or entries[: len(entries) == 1]:
+            facts = entry | (entry.get("meta") or {})  # llama.cpp's, of each of its slots
+            sizes = map(facts.get, ("n_ctx", "max_model_len", "context_length", "context_window"))
+            self.context = min([self.context, *(size for size in sizes if isinstance(size, int) and size > 0)])
+        for self.extras, self.length_name in SETTINGS:
+            try:
+                return await self.ask([{"role": "user", "content": "Hello"}], 0, 1, temperature=1.0)
+            except Refused as refusal:
+                problem = refusal
+                warn(f"{self.title} refuses {', '.join([*self.extras, self.length_name])}, may have its own: {problem}")
+        raise UserError(f"{self.title} refuses a plain request: {problem}")
 
     def probe_form(self, skeleton: list[str], options: list[str]) -> None:
-        """Finds out how the server can be held to this form, and sets `mode` and `has_logprobs`.
+        """Finds out how the server can be held to this form: `mode` ("+logprobs": its options' P are told) or None.
 
-        mode: "regex", "grammar" or "schema", with "+logprobs" if the answers tell them; None: not at all. Each way is
-        tried on a chat that asks for something else, because some servers ignore fields that they do not know.
+        Each is tried on a chat that asks for something else, because some servers ignore fields that they do not know.
         """
         form = skeleton, [options] * (len(skeleton) - 1)
 
-        async def try_ways() -> tuple[int | None, int]:
-            for way, (_, fields) in enumerate(WAYS):
-                for top in (100, 20, 5, 0):  # llama.cpp tells as many as one likes, vLLM 20 by default
-                    try:
-                        fields(*form)
-                        answer = await self.write([{"role": "user", "content": "Say hello."}], form, way, top)
-                    except (Refused, ValueError):  # ValueError: the form is no JSON, so there is no schema
-                        continue
-                    if answer:
-                        return way, top if answer[2] else 0
-                    break
-            return None, 0
+        async def try_ways() -> tuple:
+            for (name, fields), top in itertools.product(WAYS, (100, 20, 0)):  # vLLM and OpenAI tell 20
+                with contextlib.suppress(Refused, ValueError):  # ValueError: there is no schema of this form
+                    await self.fill([{"role": "user", "content": "Say hello."}], form, fields, top)
+                    return name + ("+logprobs" if top else ""), top > 0, (fields, top)
+            return None, False, ()
 
         self.open()
-        with self.lock:  # the threads of several rows may come at once
-            if str(form) not in self.ways:
-                (self.ways[str(form)],) = self.run([try_ways()])
-            way, top = self.ways[str(form)]
-            self.mode = None if way is None else WAYS[way][0] + ("+logprobs" if top else "")
-            self.has_logprobs = top > 0
+        ((self.mode, self.has_logprobs, self.way),) = self.run([try_ways()])
 
-    # -- one request
+    async def fill(self, chat: list[dict], form: tuple, fields: typing.Callable, top: int) -> list[Choice]:
+        """The Choice at each blank of a form, in the way of `fields`; Refused if the answer is not of it."""
+        (texts, blanks), more = form, {"logprobs": True, "top_logprobs": top} if top else {}
+        longest = "".join([*texts, *(max(options, key=len) for options in blanks)])
+        completion, entries = await self.ask(chat, 0, 2 * len(longest.encode()) + 16, **fields(*form), **more)
+        # the tokens as `read_blank` wants them; what vLLM's mask forbids has -9999
+        spell = lambda token: bytes(token.bytes or token.token.encode("utf-8", "replace"))  # noqa: E731
+        tokens = []
+        for entry in entries if top else ():
+            listed = [other for other in reversed(entry.top_logprobs or []) if other.logprob > -1000]
+            tokens.append((spell(entry), {spell(one): one.logprob for one in [*listed, entry]}))
+        # the blanks in the text of the tokens, around which may be spaces or a token that ends it
+        answer = completion.text.encode()
+        text = b"".join(token for token, _ in tokens) if top else answer
+        pattern = re.sub(r"(?: |\\n)+", r"\\s*", form_regex(*form)).encode()  # a server may write its own spaces
+        match = answer in text and re.compile(pattern).fullmatch(
+            text, text.find(answer), text.find(answer) + len(answer)
+        )
+        if not match or (top and not any(len(others) > 1 for _, others in tokens)):
+            raise Refused("its answer is not of the form asked for, so it is not read")
+        chosen, choices = [[group.decode()] for group in match.groups()], []
+        for i, options in enumerate(blanks):
+            found = dict.fromkeys(options, 0.0)
+            for alike, p in read_blank(tokens, text, *match.span(i + 1), options):
+                if len(alike) > 1 and p > 1e-5:  # asked again with these alone here, and elsewhere what was chosen
+                    inner = await self.fill(chat, (texts, [*chosen[:i], alike, *chosen[i + 1 :]]), fields, top)
+                    for option, logp in zip(alike, inner[i].logps, strict=True):
+                        found[option] += p * math.exp(logp)
+                else:
+                    found[alike[0]] += p
+            logps = [math.log(p) if p else -math.inf for p in found.values()]
+            choices.append(Choice(options.index(chosen[i][0]), logps))
+        return choices
 
-    async def fill(self, chat: list[dict], form: tuple, way: int, top: int) -> list[Choice] | None:
-        """The Choice at each blank of a form; None if the answer is not of it."""
-        answer, (texts, blanks) = await self.write(chat, form, way, top), form
-        if answer is None or (top and not answer[2]):
-            self.warn_once("form", "gives an answer that is not of the form asked for; it is not read")
-            return None
-        text, spans, tokens = answer
-        chosen, rows = [[text[slice(*span)].decode()] for span in spans], []
-        for i, (span, options) in enumerate(zip(spans, blanks, strict=True)):
-            found, untold = read_blank(tokens, text, *span, [option.encode() for option in options])
-            for takes, logp in untold:  # asked again with these alone here, and before it what was chosen
-                alike, end = [option.decode() for option in takes], len(blanks) if WAYS[way][0] == "schema" else i + 1
-                inner_form = texts[: end + 1], [*chosen[:i], alike, *chosen[i + 1 :]][:end]
-                inner = await self.fill(chat, inner_form, way, top)
-                if inner is None:
-                    return None
-                for option, share in zip(takes, inner[i].logps, strict=True):
-                    found[option] = log_sum(found[option], logp + share)
-            rows.append(Choice(options.index(chosen[i][0]), [found[option.encode()] for option in options]))
-        return rows
-
-    async def write(self, chat: list[dict], form: tuple, way: int, top: int) -> tuple | None:
-        """(an answer of the form, the spans of its blanks, its tokens as in `read_blank`); None if it has another.
-
-        Without tokens if the server does not tell them, or they do not make up the text.
-        """
-        longest = join_form(form[0], [max(options, key=len) for options in form[1]])
-        fields = WAYS[way][1](*form) | ({"logprobs": True, "top_logprobs": top} if top else {})
-        choice, _ = await self.ask(chat, 0, 2 * len(longest.encode()) + 16, **fields)
-        # a server may write its own spaces where the form has some
-        pattern = re.sub(r"(?: |\\n)+", r"\\s*", form_regex(*form))
-        text = choice.message.content.strip().encode()
-        match = re.fullmatch(pattern.encode(), text)
-        if not match:
-            return None
-        spell = lambda t: bytes(t.bytes) if getattr(t, "bytes", None) else t.token.encode("utf-8", "replace")  # noqa: E731
-        entries = (choice.logprobs and choice.logprobs.content) or []
-        written = b"".join(map(spell, entries))
-        before = written.find(text)
-        spans = [match.span(i + 1) for i in range(len(form[1]))]
-        if before < 0:
-            return text, spans, []
-        tokens, offset, length = [], 0, before + len(text)
-        for entry in entries:
-            token = spell(entry) if offset < length else END
-            others = collections.defaultdict(lambda: -math.inf, {token: entry.logprob})
-            for other in getattr(entry, "top_logprobs", None) or ():
-                if other.token != entry.token and other.logprob > -1000:  # in vLLM what is forbidden has -9999
-                    others[spell(other)] = log_sum(others[spell(other)], other.logprob)
-            tokens.append((token, others))
-            offset += len(token)
-        told = any(len(others) > 1 for _, others in tokens)
-        return written[:length], [(i + before, j + before) for i, j in spans], tokens if told else []
-
-    async def ask(self, chat: list, seed: int, max_new_tokens: int, temperature=0.0, top_p=1.0, **fields):
-        """(the choice in an answer, its tokens). Raises Refused, or UserError if no whole answer comes."""
+    async def ask(self, chat: list, seed: int, max_new_tokens: int, temperature=0.0, top_p=1.0, **fields) -> tuple:
+        """(a Completion, its tokens' log-probabilities). Raises Refused, or UserError if no whole answer comes."""
         messages = [message | {"content": self.defuse(message["content"])} for message in chat]
         # all settings are sent, since some servers take a model's own where one is left out
         body = {"temperature": temperature, "top_p": top_p, "seed": seed % (1 << 31)}  # some keep 32 bits
         body |= {self.length_name: max_new_tokens} | self.extras | fields
-        create = self.client.chat.completions.create
         async with self.room:
             for attempt in range(self.retries + 1):
+                pause = min(FIRST_PAUSE * 2**attempt, 16.0)
                 try:
-                    return self.read(await create(model=self.model, messages=messages, extra_body=body))
+                    request = self.client.chat.completions.create(model=self.model, messages=messages, extra_body=body)
+                    return self.read(await asyncio.wait_for(request, self.timeout))
                 except self.openai.APIStatusError as error:
-                    raise self.explain(error) from None
-                except self.openai.APIConnectionError as error:
-                    raise self.failed(error.__cause__ or error) from None
+                    problem, after = self.explain(error), error.response.headers.get("retry-after", "")
+                    pause = min(int(after), 60) if after.isdigit() else pause
                 except TimeoutError:
                     problem = f"no whole answer within {self.timeout:g} seconds"
-                except (self.openai.OpenAIError, ValueError) as error:  # an answer that is none
-                    problem = error
+                except (self.openai.OpenAIError, ValueError) as error:  # no connection, or an answer that is none
+                    problem = self.show(first_line(error.__cause__ or error))
                 if attempt < self.retries:
                     self.warn_once("again", f"fails: {problem}; trying again")
-                    await asyncio.sleep(min(0.5 * 2**attempt, 8))
-        raise self.failed(problem)
+                    await asyncio.sleep(pause)
+        again = "finished rows are kept: mend it and run the same command again"
+        raise UserError(f"{self.title} failed {self.retries + 1} times, at last: {problem}; {again}")
 
-    def read(self, answer) -> tuple:
-        """(the choice in an answer, with a text; its number of tokens). ValueError if there is none."""
+    def explain(self, error) -> str:
+        """What a server says with an HTTP status. Raises Refused or UserError if no further try mends it."""
+        status, words = error.status_code, isinstance(error.body, dict) and error.body.get("message")
+        said = f"{status} {self.show(str(words or error.response.text))}"
+        # a setting that it does not take would be refused in every request
+        if status in (400, 413, 422) and error.param not in ("temperature", "top_p", "seed"):
+            raise Refused(said)
+        if (status in (408, 409, 429) or status >= 500) and "insufficient_quota" not in error.response.text:
+            return said
+        raise UserError(f"{self.title} answers {said}; see --model, the URL and the key in ${self.key_name}")
+
+    def read(self, answer) -> tuple[Completion, list]:
+        """(the completion in an answer, its tokens' log-probabilities). ValueError if there is none."""
         problem = getattr(answer, "error", None)  # some routers send it with status 200
-        if problem:
-            code, said = (problem.get(k) for k in ("code", "message")) if isinstance(problem, dict) else (0, 0)
-            said = self.show(str(said or problem))
-            raise Refused(said) if code in (400, 413, 422) else ValueError(said)
+        if isinstance(problem, dict) and problem.get("code") in (400, 413, 422):
+            raise Refused(self.show(str(problem)))
         try:
-            choice = answer.choices[0]
-            message, reason = choice.message, choice.finish_reason
+            choice, usage = answer.choices[0], getattr(answer, "usage", None)
+            message, reason, entries = choice.message, choice.finish_reason, getattr(choice.logprobs, "content", None)
             # a model that reasons apart may have spent its tokens on that; a refusal is an answer
             text = message.content or getattr(message, "refusal", None) or ("" if reason else None)
-            counts = [getattr(answer.usage, f"{kind}_tokens", None) for kind in ("prompt", "completion")]
+            text = text.encode("utf-8", "replace").decode().strip()  # lone surrogates
         except (AttributeError, TypeError, IndexError):
-            raise ValueError(f"an answer that is none: {answer}") from None
+            raise ValueError(f"an answer that is none: {self.show(str(problem or answer))[:200]}") from None
         if reason == "content_filter":
-            self.filtered += 1
             raise Refused("its content filter stopped the answer")
-        if not isinstance(text, str):
-            raise ValueError("an answer without text")
-        message.content = text.encode("utf-8", "replace").decode()  # lone surrogates
-        tokens = [count if isinstance(count, int) else 0 for count in counts]
-        self.count(*tokens)
-        return choice, tokens[1]
-
-    def explain(self, error) -> Exception:
-        """What to raise for a status that the package does not try again."""
-        status, body = error.status_code, error.body
-        said = (isinstance(body, dict) and body.get("message")) or error.response.text
-        said = f"{status} {self.show(str(said))}"
-        if status in (400, 413, 422):
-            named = re.search(r"(?i)unsupported (?:value|parameter)\W+(\w+)", said)
-            if {error.param, named and named[1].lower()} & {"temperature", "top_p", "seed"}:
-                return UserError(f"{self.title} does not take a setting: {said}")
-            return Refused(said)
-        if status in (408, 409) or status >= 500 or (status == 429 and "insufficient_quota" not in said + str(body)):
-            return self.failed(said)
-        key = f"; its key is read from ${self.key_name}"
-        hint = {401: key, 403: key, 404: "; see --model and the URL"}.get(status, "")
-        return UserError(f"{self.title} answers {said}{hint}")
-
-    def failed(self, problem) -> UserError:
-        return UserError(
-            f"{self.title} failed {self.retries + 1} times, at last: {self.show(str(problem))}; finished rows "
-            "are kept: mend the server and run the same command again"
-        )
+        counts = [getattr(usage, f"{kind}_tokens", None) or 0 for kind in ("prompt", "completion")]
+        self.count(*counts)
+        return Completion(text, counts[1], reason == "length"), entries or []
 
     def run(self, requests: list) -> list:
         """The results of these coroutines; None for one that the server refuses."""
@@ -1465,27 +1261,23 @@ class Server(Engine):
             try:
                 return await request
             except Refused as refusal:
-                self.refused, self.refusal = self.refused + 1, str(refusal)
+                self.refusal = str(refusal)
                 self.warn_once("refused", f"refuses a request: {refusal}")
 
         jobs = [asyncio.run_coroutine_threadsafe(one(request), self.loop) for request in requests]
-        try:
-            return [job.result() for job in jobs]
-        finally:  # where one fails, or the user interrupts, the others are given up
-            for job in jobs:
-                job.cancel()
+        return [job.result() for job in jobs]
 
     def defuse(self, text: str) -> str:
         """The text with a space in every control token that it spells, since a server would obey it."""
-        if CONTROL_TOKENS.search(text):
+        broken = CONTROL_TOKENS.sub(lambda match: match[0] + " ", text)
+        if broken != text:
             self.warn_once("tokens", "is sent control tokens that prompts or responses spell with a space in them")
-        return CONTROL_TOKENS.sub(lambda match: match[0] + " ", text)
+        return broken
 
     def show(self, text: str) -> str:
         """A server's words in one line that a terminal can bear, without the key."""
         text = text.replace(self.key, "***") if self.key else text  # before a cut can leave a part of it
-        line = " ".join(text.split())[:300]
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split())[:300])
 
     def warn_once(self, kind: str, message: str) -> None:
         if kind not in self.warned:
@@ -1494,10 +1286,7 @@ class Server(Engine):
 
 
 class Scorer(Engine):
-    """A user's function in the place of a judge, `FILE.py:function` (ours): (prompts, responses) -> [[a, b], …].
-
-    It gets two lists of equal length, a prompt being text or messages, and gives k numbers from 1 to 10 a response.
-    """
+    """A user's function in the place of a judge, `FILE.py:function` (ours): (prompts, responses) -> [[a, b], …]."""
 
     batch_size = 1024
 
@@ -1506,10 +1295,7 @@ class Scorer(Engine):
         file, _, name = where.rpartition(":")
         wanted = f"--scorer {where}: FILE.py:function is wanted, as function(prompts, responses) -> [[a, b], …]"
         check(Path(file).is_file(), f"{wanted}; there is no file '{file}'")
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        self.function = getattr(module, name, None)
+        self.function = runpy.run_path(file).get(name)
         check(callable(self.function), f"{wanted}; there is no function '{name}' in the file")
 
     def score(self, items: list[tuple], k: int) -> list[list]:
@@ -1545,9 +1331,8 @@ def make_judge(args, engine: Engine | None = None) -> Engine:
         check(processes()[1] == 1, "--scorer: a function runs in one process; start this with python")
         return Scorer(args.scorer)
     if args.judge_model or args.judge_endpoint:
-        print(
-            f"  {args.judge_model or args.model} judges the responses of {args.model}: pairs of these are not self-made"
-        )
+        judge = args.judge_model or args.model
+        print(f"  {judge} judges the responses of {args.model}: pairs of these are not self-made")
         return make_engine(args, "judge_")
     return engine or make_engine(args)
 
@@ -1568,11 +1353,9 @@ def too_long(engine: Engine, messages: list[dict], room: int) -> bool:
 
 
 def plan_batches(sizes: list[tuple[int, int]], batch_size: int, cached_tokens: int | None = None) -> list[list[int]]:
-    """Indices of the rows in batches, longest first, so that a batch is even and its memory known early.
-
-    Row i has `sizes[i][1]` sequences of `sizes[i][0]` tokens. A batch holds whole rows, at most `batch_size` sequences
-    and `cached_tokens` tokens with padding (or a single larger row).
-    """
+    """Indices of the rows in batches of at most `batch_size` sequences and `cached_tokens` tokens with padding."""
+    # row i has sizes[i] = (tokens, sequences), which stay together; longest first, so that a batch is even and its
+    # memory known early
     batches, width, held = [], 0, 0
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], i)):
         length, count = sizes[i]
@@ -1594,20 +1377,11 @@ def read_done(path: Path) -> dict:
     return rows
 
 
-def map_rows(
-    work: typing.Callable[[list[dict]], list[dict | None]],
-    rows: list[dict],
-    sizes: list[tuple[int, int]],
-    record: dict,
-    output: Path,
-    engine: Engine,
-    title: str,
-) -> list[dict] | None:
+def map_rows(work, rows: list[dict], sizes, record: dict, output: Path, engine: Engine, title: str) -> list | None:
     """The finished rows in the order of `rows`, made by `work` in batches; None but on the first process.
 
-    work(some rows) returns a finished row for each, or None for one that a server refuses: it is left out. sizes: see
-    `plan_batches`. Batches are planned over all rows, done or not, so a resumed run makes the same ones and the same
-    bytes. Several processes share the batches and append to one file, which the first puts in order at the end.
+    work(some rows) returns a finished row for each, or None for one that a server refuses. sizes: see `plan_batches`.
+    Several processes share the batches and append to one file, which the first puts in order at the end.
     """
     from tqdm import tqdm
 
@@ -1615,28 +1389,24 @@ def map_rows(
     if record["complete"]:
         print(f"{output} is complete already; --overwrite redoes it")
         return [done[id] for id in ids if id in done] if rank == 0 else None
+    # planned over all rows, done or not, so a resumed run makes the same batches and the same bytes
     batches = plan_batches(sizes, engine.batch_size, engine.cached_tokens)[rank::world]
     todo = [batch for batch in batches if any(ids[i] not in done for i in batch)]
     mine, refused = [i for batch in batches for i in batch], set()
-    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    engine.bar = tqdm(  # it counts responses; where no terminal is, it shows itself each half minute at most
+    bar = tqdm(  # it counts responses; where no terminal is, it shows itself each half minute at most
         desc=title, unit="response", total=sum(sizes[i][1] for i in mine), miniters=0, disable=rank > 0,
         initial=sum(sizes[i][1] for i in mine if ids[i] in done), mininterval=0.5 if sys.stderr.isatty() else 30,
     )  # fmt: skip
-    try:
+    with open(output, "ab", buffering=0) as file, bar as engine.bar:
         for batch, finished in run_batches(work, rows, todo, engine.concurrency):
             for i, row in zip(batch, finished, strict=True):
                 if row is None:
                     refused.add(ids[i])
                 elif ids[i] not in done:
                     data, done[ids[i]] = dump_row(row).encode(), row
-                    if os.write(file, data) < len(data):  # the cut row is made again
+                    if os.write(file.fileno(), data) < len(data):  # a full disk: the cut row is made again
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))
-                    engine.bar.update(sizes[i][1])
-    finally:
-        os.close(file)
-        engine.bar.close()
-        engine.bar = None
+                    bar.update(sizes[i][1])
     if rank > 0:
         return None
     while any(id not in done and id not in refused for id in ids):
@@ -1772,23 +1542,20 @@ def read_score(value) -> int | float | None:
 
 
 def parse_scores(text: str, names: list[str]) -> list | None:
-    """The scores in a judge's free answer, in the order of `names`, or None where one is no score from 1 to 10.
+    """The scores in a judge's free answer, in the order of `names`, or None where one is no score from 1 to 10."""
 
-    What follows the last </think> counts: the JSON object with all names (two that differ, or a name twice in one:
-    None), else the last mention "Name: number" of each.
-    """
-
-    def unique(pairs: list[tuple]) -> dict:
+    def unique(pairs: list[tuple]) -> dict:  # a name that an object has twice is no score
         keys = [key.strip().lower() for key, _ in pairs]
         return {key: value if keys.count(key) == 1 else None for key, (_, value) in zip(keys, pairs, strict=True)}
 
+    # behind the last </think>: the JSON object that has all names; two of them must agree
     text, found = text.rpartition("</think>")[2], []
     for match in re.finditer(r"\{[^{}]{0,2000}\}", text):
         with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(match.group(), object_pairs_hook=unique)
             if all(name.lower() in values for name in names):
                 found.append([read_score(values[name.lower()]) for name in names])
-    if not found:
+    if not found:  # else the last mention "Name: number" of each
         found.append([])
         for name in names:
             label = rf"(?<!\w){re.escape(name)}[\"'*` \t]*[:=][\"'*` \t]*"
@@ -1798,19 +1565,15 @@ def parse_scores(text: str, names: list[str]) -> list | None:
 
 
 def settle_score_mode(args, judge: Engine, record: dict) -> None:
-    """Sets args.score_mode to the best way of reading scores that the judge allows; printed and recorded.
-
-    A server's is tried: `expected` needs log-probabilities in its answers, `constrained` a form that binds.
-    """
+    """Sets args.score_mode to the best way of reading scores that the judge allows; printed and recorded."""
     asked, judge.with_logprobs = args.score_mode, args.score_mode == "expected"  # else fewer requests do
     if isinstance(judge, Server) and asked != "json":
+        # `expected` needs log-probabilities in a server's answers, `constrained` a form that binds: both are tried
         judge.probe_form(score_skeleton(["First", "Second"]), SCORES)
         args.score_mode = "json" if not judge.mode else asked if judge.has_logprobs else "constrained"
         if args.score_mode != asked:
             warn(f"{judge.title} does not allow --score_mode {asked}: scores are read as {args.score_mode}")
-        print(
-            f"  scores of {judge.title}: {args.score_mode}" + (f" ({judge.mode})" if args.score_mode != "json" else "")
-        )
+        print(f"  scores of {judge.title}: {args.score_mode}" + (f" ({judge.mode})" if judge.mode else ""))
         record["server_mode"] = judge.mode
     was = record.setdefault("scores_read", args.score_mode)
     check(was == args.score_mode, f"so far scores were read as {was}, not {args.score_mode}; pass --overwrite")
@@ -1819,30 +1582,26 @@ def settle_score_mode(args, judge: Engine, record: dict) -> None:
 
 
 def judge(engine: Engine, items: list[tuple], args, seeds: list[int]) -> list[list | None]:
-    """The scores of each (prompt, response) in order of priority; None where there are none.
-
-    That is a blank response, a judge prompt that exceeds the context, or a free answer that can't be read.
-    args.score_mode: "constrained" (integers, greedy), "expected" (floats), "json" (the paper's free text at temperature
-    0; what can't be read is asked again with sampling, twice at most). seeds: of these tries, one an item.
-    """
+    """The scores of each (prompt, response) in order of priority; seeds: of the sampled tries, one an item."""
     objectives = load_objectives(args)
+    # None stays: a blank response, a judge prompt that exceeds the context, a free answer that can't be read
     names, scores = [name for name, _ in objectives], [None] * len(items)
     todo = [i for i, (_, response) in enumerate(items) if response.strip()]
     if isinstance(engine, Scorer):
-        for i, row in zip(todo, engine.score([items[i] for i in todo], len(names)), strict=True):
-            scores[i] = row
-        return scores
+        given = dict(zip(todo, engine.score([items[i] for i in todo], len(names)), strict=True))
+        return [given.get(i) for i in range(len(items))]
     chats = [as_messages(judge_prompt(objectives, *item, args.with_instruction)) for item in items]
     todo = [i for i in todo if not too_long(engine, chats[i], engine.context - args.judge_max_new_tokens)]
-    if args.score_mode != "json":
+    if args.score_mode != "json":  # "constrained": the greedy integers; "expected": the means Σ k P(k)
         answers = engine.choose([chats[i] for i in todo], score_skeleton(names), SCORES) if todo else []
         for i, answer in zip(todo, answers, strict=True):
             if answer and args.score_mode == "constrained":
                 scores[i] = [choice.index + 1 for choice in answer]
-            elif answer:  # Σ k P(k)
+            elif answer:
                 means = (sum(k * math.exp(p) for k, p in enumerate(choice.logps, 1)) for choice in answer)
                 scores[i] = [round(mean, 6) for mean in means]
         return scores
+    # the paper's free text at temperature 0; what can't be read is asked again with sampling
     for attempt in range(1 + JSON_RETRIES):
         tries = [derive_seed(seeds[i], "judge", attempt) for i in todo]
         sampling = {"temperature": 1.0 if attempt else 0.0, "max_new_tokens": args.judge_max_new_tokens}
@@ -1873,37 +1632,35 @@ def show_funnel(title: str, start: tuple[str, int], dropped: dict[str, int], kep
 
 def show_tokens(*engines: Engine) -> None:
     """Prints a line for each engine that was asked for something in this run."""
-    print("\n".join(line for line in dict.fromkeys(engine.summary() for engine in engines) if line))
+    for engine in dict.fromkeys(engines):  # the judge may be the engine itself
+        if engine.tokens_in + engine.tokens_out:
+            print(f"  {engine.title}: {engine.tokens_in} tokens in, {engine.tokens_out} out ({engine.rates()})")
 
 
 class ScoreHistogram:
     """Counts of k scores over 1 … 10 (floats rounded half up), their sums, and how many were not read."""
 
     def __init__(self, scores: typing.Iterable[list | None] = ()):
-        self.read, self.unread, self.sums, self.bins = 0, 0, [], []
+        self.total, self.read, self.sums, self.bins = 0, 0, collections.Counter(), collections.Counter()
         for row in scores:
             self.add(row)
 
-    def add(self, row: list | None) -> None:
-        if row is None:
-            self.unread += 1
-            return
-        if not self.bins:
-            self.sums, self.bins = [0.0] * len(row), [[0] * 10 for _ in row]
-        self.read += 1
-        for axis, score in enumerate(row):
+    def add(self, row: list | None) -> None:  # the row itself is not kept: a stage may have more than fit in memory
+        self.total, self.read = self.total + 1, self.read + (row is not None)
+        for axis, score in enumerate(row or ()):
             self.sums[axis] += score
-            self.bins[axis][min(10, max(1, math.floor(score + 0.5))) - 1] += 1
+            self.bins[axis, min(10, max(1, math.floor(score + 0.5)))] += 1
 
     def show(self, names: list[str], title: str) -> None:
         """Prints the title with the share that was read, and a line of counts and the mean for each objective."""
-        total = self.read + self.unread
-        print(f"  {title}: scores read {self.read} of {total}" + (f" ({self.read / total:.0%})" if total else ""))
+        share = f" ({self.read / self.total:.0%})" if self.total else ""
+        print(f"  {title}: scores read {self.read} of {self.total}{share}")
         if self.read:
             width = max(6, len(str(self.read)) + 1)
             print(f"    {'score':<14}" + "".join(f"{k:>{width}}" for k in range(1, 11)) + "    mean")
-            for name, bins, total in zip(names, self.bins, self.sums, strict=True):
-                print(f"    {name:<14}" + "".join(f"{count:>{width}}" for count in bins) + f"{total / self.read:8.2f}")
+            for axis, name in enumerate(names):
+                counts = "".join(f"{self.bins[axis, k]:>{width}}" for k in range(1, 11))
+                print(f"    {name:<14}{counts}{self.sums[axis] / self.read:8.2f}")
 
 
 def names_of(made: dict[str, dict], k: int = 0) -> list[str]:
@@ -1919,6 +1676,7 @@ def tie_rate(groups: list[list]) -> float | None:
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
 
 
-def show_ties(rate: float | None, what: str) -> None:
-    """Prints a tie rate; a high one means that the judge hardly tells the responses apart."""
+def show_ties(groups: list[list], what: str) -> None:
+    """Prints the tie rate; a high one means that the judge hardly tells the responses apart."""
+    rate = tie_rate(groups)
     print(f"  ties: {'–' if rate is None else f'{rate:.0%}'} of the {what} have equal scores on every axis")
