@@ -588,6 +588,7 @@ def encode_chat(tokenizer, messages: list[dict], add_generation_prompt: bool = T
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding: every distinct prompt is read once, however many samples it gets.
 
+READ_AT_ONCE = 2048  # tokens of a pass on a CPU, with padding, 16 times as many on a GPU; more would not be faster
 LEAVE_AT = 0.9  # rows that have ended leave once no more than this share of the batch is left: leaving copies
 
 
@@ -608,7 +609,7 @@ def pad_left(rows: list[list[int]], device):
 
 
 def new_cache(config):
-    """An empty key-value cache that appends single tokens in place; transformers' own copies all it has each time."""
+    """An empty key-value cache that appends in place; transformers' own copies all it has each time."""
     from torch.nn.functional import pad
     from transformers import DynamicCache
 
@@ -616,14 +617,14 @@ def new_cache(config):
         def update(self, keys, values, layer_idx, *args, **kwargs):
             layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
             # sliding windows and recurrent states stay as they are
-            if type(layer).__name__ != "DynamicLayer" or not layer.is_initialized or keys.shape[2] > 1:
+            if type(layer).__name__ != "DynamicLayer" or not layer.is_initialized:
                 return super().update(keys, values, layer_idx, *args, **kwargs)
             for name, new in (("keys", keys), ("values", values)):
                 old = getattr(layer, name)  # (B, heads, T, D), the beginning of a buffer with stride(1) // D positions
-                batch, heads, length, size = old.shape
-                if old.stride(1) <= length * size:  # the buffer is full: a longer one
-                    old = pad(old, (0, 0, 0, 64))[:, :, :length]
-                setattr(layer, name, old.as_strided((batch, heads, length + 1, size), old.stride()))
+                (batch, heads, length, size), total = old.shape, old.shape[2] + new.shape[2]
+                if old.stride(1) < total * size:  # the buffer is full: a longer one
+                    old = pad(old, (0, 0, 0, new.shape[2] + 64))[:, :, :length]
+                setattr(layer, name, old.as_strided((batch, heads, total, size), old.stride()))
                 getattr(layer, name)[:, :, length:] = new
             return layer.keys, layer.values
 
@@ -733,7 +734,9 @@ def generate(
             cache.batch_repeat_interleave(len(distinct))
         ids, mask = pad_left([prompt[shared:] for prompt in distinct], device)
         mask = torch.cat([mask.new_ones((len(mask), shared)), mask], dim=1)
-        logits = read_tokens(model, cache, mask, ids)
+        size = max(1, READ_AT_ONCE * (1 if device.type == "cpu" else 16) // len(distinct)) if shared else ids.shape[1]
+        for start in range(0, ids.shape[1], size):  # in parts: a long pass takes much memory, and on a CPU more time
+            logits = read_tokens(model, cache, mask[:, : shared + start + size], ids[:, start : start + size])
         if len(distinct) < len(prompts):
             rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
             cache.reorder_cache(rows)
@@ -766,8 +769,6 @@ def generate(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading choices: the form of an answer is given, and the model's probabilities fill its blanks.
-
-READ_AT_ONCE = 1024  # tokens of a pass on a CPU, with padding; more would not be faster
 
 
 class Choice(typing.NamedTuple):
@@ -952,21 +953,27 @@ class Local(Engine):
 
     def complete(self, chats: list[list[dict]], seeds: list[int], **sampling) -> list[Completion]:
         """A completion of each conversation, as one batch; `sampling` as for `generate`."""
+        import torch
 
-        def decode(rows: list[tuple[list[int], int]]) -> list[Completion]:
-            written = functools.partial(self.count, 0)
-            return generate(self.model, self.tokenizer, *zip(*rows, strict=True), on_tokens=written, **sampling)
-
-        prompts = [self.encode(chat) for chat in chats]
-        completions = in_halves(decode, list(zip(prompts, seeds, strict=True)))
-        self.count(sum(map(len, set(map(tuple, prompts)))))  # equal prompts are read once
-        return completions
+        prompts, written = [self.encode(chat) for chat in chats], functools.partial(self.count, 0)
+        try:
+            completions = chats and generate(self.model, self.tokenizer, prompts, seeds, on_tokens=written, **sampling)
+            self.count(sum(map(len, set(map(tuple, prompts)))))  # equal prompts are read once
+            return completions
+        except torch.OutOfMemoryError as error:
+            check_halves(error, len(chats))
+        return in_halves(self.complete, chats, seeds, **sampling)
 
     def choose(self, chats: list[list[dict]], skeleton: list[str], options: list[str]) -> list[list[Choice]]:
         """Fills the blanks between the skeleton's parts with the options; see `choose_options`."""
-        form = {"skeleton": skeleton, "options": options, "on_tokens": self.count}
-        read = functools.partial(choose_options, self.model, self.tokenizer, **form)
-        return in_halves(read, [self.encode(chat) for chat in chats])
+        import torch
+
+        rows = [self.encode(chat) for chat in chats]
+        try:
+            return rows and choose_options(self.model, self.tokenizer, rows, skeleton, options, on_tokens=self.count)
+        except torch.OutOfMemoryError as error:
+            check_halves(error, len(chats))
+        return in_halves(self.choose, chats, skeleton=skeleton, options=options)
 
 
 def tokens_in_memory(config) -> int:
@@ -982,19 +989,21 @@ def tokens_in_memory(config) -> int:
     return memory // 2 // (2 * config.num_hidden_layers * heads * size * width)
 
 
-def in_halves(work: typing.Callable[[list], list], items: list) -> list:
-    """work(items), a result for each; where the memory runs out, of the first and then the second half of them."""
+def check_halves(error: BaseException, count: int) -> None:
+    """After the memory ran out: a warning that it goes on with half, or UserError for a single response."""
+    few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
+    check(count > 1, few)
+    warn(f"out of memory with {count} responses at once: going on with half; see --cached_tokens")
+
+
+def in_halves(work: typing.Callable, *lists: list, **options) -> list:
+    """The results of work on the first and then on the second half of the lists; the memory is freed before."""
     import torch
 
-    try:
-        return work(items) if items else []
-    except torch.OutOfMemoryError as error:
-        few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
-        check(len(items) > 1, few)
-        warn(f"out of memory with {len(items)} responses at once: going on with half; see --cached_tokens")
-    torch.cuda.empty_cache()  # not in the except: its traceback held the tensors
-    middle = (len(items) + 1) // 2
-    return in_halves(work, items[:middle]) + in_halves(work, items[middle:])
+    torch.cuda.empty_cache()
+    middle = (len(lists[0]) + 1) // 2
+    first = work(*(items[:middle] for items in lists), **options)
+    return first + work(*(items[middle:] for items in lists), **options)
 
 
 # What servers read as one token where a text spells it; a space behind its first character breaks it. By line: <|x|>
