@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from conftest import count_rows, read_rows, write_rows
+from conftest import count_rows, read_rows, wait, write_rows
 from forked import Launch
 
 import common
@@ -133,13 +133,16 @@ def test_killed_at_any_moment_on_two_processes(tiny, alone, tmp_path):
 
 
 def test_a_dead_process_stops_all_and_its_rows_stay(tiny, alone, tmp_path):
-    run_dir = make_prompts(tmp_path)
-    output = run_dir / "01_samples.jsonl"
-    launch = begin("01_sample", run_dir, tiny, 2)
-    while not count_rows(output):
-        time.sleep(0.001)
-    launch.running[1].kill()
-    assert launch.finish()[0] != 0
+    for turn in range(30):  # until the second process is killed before it has ended
+        run_dir = make_prompts(tmp_path / str(turn))
+        output = run_dir / "01_samples.jsonl"
+        launch = begin("01_sample", run_dir, tiny, 2)
+        wait(lambda output=output: count_rows(output))
+        launch.running[1].kill()
+        if launch.finish()[0] != 0:
+            break
+    else:
+        pytest.fail("the second process was always done first: this test would show nothing")
     assert count_rows(output)
     run("01_sample", run_dir, tiny, 2)
     assert output.read_bytes() == (alone / "01_samples.jsonl").read_bytes() and len(read_rows(output)) == 6
