@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import common
 
+torch.set_num_threads(1)  # as in the forked processes: sums of other parts differ in the last digit
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_train")
 
