@@ -413,7 +413,8 @@ def all_logps(accelerator, model, groups: list[dict]) -> list[torch.Tensor]:
     bins = pack([[width_of(row)] for row in rows], CALL_TOKENS[accelerator.device.type])
     result, rounds = torch.zeros(len(rows), device=accelerator.device), range(0, len(bins), world)
     with torch.no_grad():
-        for start in tqdm(rounds, desc="06 log-probabilities", unit="batch", leave=False, disable=rank > 0):
+        shown = {"unit": "batch", "leave": False, "disable": rank > 0, "mininterval": common.bar_interval()}
+        for start in tqdm(rounds, desc="06 log-probabilities", **shown):
             members = bins[min(start + rank, len(bins) - 1)]
             values = model([rows[i] for i in members], 1)
             if start + rank < len(bins):
@@ -786,7 +787,8 @@ def main(args: Args) -> None:
 
     # Training: one row of metrics a step. Rows behind the checkpoint are written again.
     started, tokens_before = time.monotonic(), progress["num_tokens"]
-    bar = tqdm(total=len(steps), initial=done, desc="06 train", unit="step", disable=not first_process)
+    shown = {"unit": "step", "disable": not first_process, "mininterval": common.bar_interval()}
+    bar = tqdm(total=len(steps), initial=done, desc="06 train", **shown)
     with open(metrics_file if first_process else os.devnull, "a", encoding="utf-8") as log, bar:
 
         def write(step: int, row: dict) -> None:

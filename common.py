@@ -176,6 +176,11 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
+def bar_interval() -> float:
+    """Seconds between two looks of a progress bar; where no terminal is, it would fill a log."""
+    return 0.5 if sys.stderr.isatty() else 30.0
+
+
 def processes() -> tuple[int, int]:
     """(which of them this is, how many there are): more than one under `accelerate launch`."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -1404,7 +1409,7 @@ def map_rows(work, rows: list[dict], sizes, record: dict, output: Path, engine: 
     mine, refused = [i for batch in batches for i in batch], set()
     bar = tqdm(  # it counts responses; where no terminal is, it shows itself each half minute at most
         desc=title, unit="response", total=sum(sizes[i][1] for i in mine), miniters=0, disable=rank > 0,
-        initial=sum(sizes[i][1] for i in mine if ids[i] in done), mininterval=0.5 if sys.stderr.isatty() else 30,
+        initial=sum(sizes[i][1] for i in mine if ids[i] in done), mininterval=bar_interval(),
     )  # fmt: skip
     with open(output, "ab", buffering=0) as file, bar as engine.bar:
         for batch, finished in run_batches(work, rows, todo, engine.concurrency):
