@@ -163,6 +163,8 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
 
 def draw_systems(seed: int, id: str, n: int, system_prob: float) -> list[str | None]:
     """Appendix B: the system prompt of each of the n responses, the honest one with probability `system_prob`."""
+    if system_prob == 0:  # no need to draw
+        return [None] * n
     draws = [random.Random(common.derive_seed(seed, id, j, "system")).random() for j in range(n)]
     return [HONEST_SYSTEM_PROMPT if draw < system_prob else None for draw in draws]
 
@@ -188,7 +190,9 @@ def main(args: Args) -> None:
     chats = {row["id"]: [common.as_messages(row["prompt"], one) for one in systems[row["id"]]] for row in rows}
     room = engine.context - args.max_new_tokens
     check(room > 0, f"--max_new_tokens {args.max_new_tokens} leaves no room in the model's {engine.context} tokens")
-    fitting = [row for row in rows if not any(common.too_long(engine, chat, room) for chat in chats[row["id"]])]
+    written = common.read_done(output)  # these did fit: they are not tokenized again
+    fitting = [row for row in rows if row["id"] in written
+               or not any(common.too_long(engine, chat, room) for chat in chats[row["id"]])]  # fmt: skip
     dropped["too long for the context"] = len(rows) - len(fitting)
     check(fitting, "every prompt is too long for the context; pass a smaller --max_new_tokens")
     settings = f"temperature {args.temperature:g}, top_p {args.top_p:g}, at most {args.max_new_tokens} tokens"
@@ -210,7 +214,7 @@ def main(args: Args) -> None:
         return finished
 
     sizes = [(max(map(common.text_size, chats[row["id"]])) + args.max_new_tokens, args.n) for row in fitting]
-    done = common.map_rows(sample, fitting, sizes, record, output, engine, "01 sample")
+    done = common.map_rows(sample, fitting, sizes, record, output, engine, "01 sample", written)
     if done is None:  # the first of several processes reports
         return
     dropped["refused by the server"] = len(fitting) - len(done)

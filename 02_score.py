@@ -8,6 +8,8 @@ section "Judging", since 03 and the evaluation score in the same way.
     writes  RUN_DIR/02_scores.jsonl, the same rows, each response with its scores in order of priority:
             {"id": "…", "prompt": "…", "responses": [{"text": "…", "system": null, "scores": [9, 6]}, …]}
             or null: blank responses, answers that could not be read
+            RUN_DIR/02_judge_check.jsonl, the judge's scores of probes whose right order is known: does it tell good
+            from bad at all? Where it does not, stage 6 refuses to train on what it says
     run     python 02_score.py --objectives harmlessness helpfulness --run_dir runs/default
     next    python 03_refine.py --run_dir runs/default
 
@@ -20,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-from common import check
-
-GIVE_UP_AFTER = 48  # responses of which none could be read: then the rest would not be either
+from common import arg, check
 
 
 @dataclass
 class Args(common.JudgeArgs):
-    pass  # a judge's options are those of 03 and of the evaluation too: they stand in common.py
+    judge_check: bool = arg(True, "score probes whose right order is known first (ours)")
+    judge_probes: str = arg("data/judge_probes.jsonl", "file of these probes; the rows of its test split count")
 
 
 def main(args: Args) -> None:
@@ -37,8 +38,16 @@ def main(args: Args) -> None:
     common.read_files(args)
     made = common.made_by(source)
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
+    unknown = f"nothing beside {source} says which model wrote these responses: pass --model, or another judge"
+    check(args.model or args.scorer or args.judge_model, unknown)
     objectives, inputs = common.judge_defaults(args)
-    record = common.begin(args, "02_score", [output], made, source=source, **inputs)
+    probes, probes_output = [], output.with_name("02_judge_check.jsonl")
+    if args.judge_check:
+        probes_file = common.find_path(args.judge_probes)
+        check(probes_file.is_file(), f"--judge_probes {args.judge_probes}: no such file")
+        probes, inputs = common.read_probes(probes_file, objectives), {**inputs, "--judge_probes": probes_file}
+    outputs = [output, probes_output] if probes else [output]
+    record = common.begin(args, "02_score", outputs, made, source=source, **inputs)
 
     judge = common.make_judge(args)
     if not record["complete"]:
@@ -48,6 +57,10 @@ def main(args: Args) -> None:
     count = sum(len(row["responses"]) for row in rows)
     what = f"{count} responses of {len(rows)} prompts"
     common.announce("02 score", judge.title, what, args.score_mode, " > ".join(names))
+    if probes:
+        checked = common.check_judge(judge, args, objectives, probes, record, probes_output)
+        record["checked"] = common.sum_up_check(checked or [])
+        print(*common.check_lines({"02": record["args"] | record}), sep="\n", flush=True)
     read = {True: 0, False: 0}
 
     def score(some: list[dict]) -> list[dict]:
@@ -56,10 +69,8 @@ def main(args: Args) -> None:
         seeds = [common.derive_seed(args.seed, row["id"], j) for row in some for j in range(len(row["responses"]))]
         for response, own in zip(responses, common.judge(judge, items, args, seeds), strict=True):
             response["scores"] = own
-            read[own is not None] += bool(response["text"].strip())
         # a judge that never answers in the form must not be asked for all rows
-        failed = f"none of the first {read[False]} responses could be scored: {judge.title} does not answer in the form"
-        check(read[True] or read[False] < GIVE_UP_AFTER, f"{failed}; pass --score_mode constrained, or another judge")
+        common.check_readable([r["scores"] for r in responses if r["text"].strip()], read, judge)
         return some
 
     def length(row: dict) -> int:
@@ -80,6 +91,8 @@ def main(args: Args) -> None:
     common.ScoreHistogram(scores).show(names, "responses")
     common.show_ties(groups, "pairs of a prompt's responses")
     common.show_tokens(judge)
+    if verdict := common.judge_verdict({"02": record}, names)[1]:
+        common.warn(verdict)
     print(f"wrote {output}")
     if scores.count(None) == len(scores):
         raise common.EmptyResult("no response has scores: pass --score_mode constrained or expected, or another judge")

@@ -82,7 +82,7 @@ def refine_messages(template: str, objectives, prompt, responses: list[dict]) ->
         best = {"role": "assistant", "content": best_attempt(responses)["text"]}
         return [*common.as_messages(prompt), best, *common.as_messages(ASK_AGAIN.format(principles=principles))]
     # a text that holds such a fence could close its own and forge scores: then the fence gets a name of its own
-    texts = [response["text"] for response in responses]
+    texts = [common.plain_text(prompt), *(response["text"] for response in responses)]
     forged = any("<" in text and "response" in text.lower() for text in texts)
     fence = f"response-{common.derive_seed(texts):x}" if forged else "response"
     dimensions = [DIMENSION.format(number=i, name=n, definition=d) for i, (n, d) in enumerate(objectives, 1)]
@@ -122,13 +122,15 @@ def main(args: Args) -> None:
     common.read_files(args)
     made = common.made_by(source)
     # the judge must be that of stage 2, or its scores and these do not compare
-    judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_max_new_tokens")
+    judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_template",
+        "judge_max_new_tokens")  # fmt: skip
     for name in judging:
         given, before = getattr(args, name), made.get("02", {}).get(name)
         if None not in (given, before) and given != before:
             common.warn(f"--{name} {given}, but stage 2 had {before}: its scores and these may not compare")
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
     common.inherit(args, made, "02", *judging, "judge_model", "judge_endpoint", "judge_chat_template")
+    check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
     objectives, inputs = common.judge_defaults(args)
     record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
     engine = common.make_engine(args)

@@ -141,13 +141,15 @@ def main(args: Args) -> None:
     common.show_funnel("04 denoise", ("prompts in", total), dropped, "prompts kept")
     print(f"  each filter alone drops: consistency {inconsistent}, informativeness {uninformative}")
     print(f"  not above every candidate on just … {', '.join(axes) or 'no axis'}")
+    print(*(f"  {line}" for line in common.check_lines(made)), sep="\n")
     print(f"  a candidate is at 10, which nothing can beat: {full}; responses without text, left out: {blank}")
 
     # Nothing left is exit code 3: which filter has emptied it, and what to try, but for what can't help.
     if not dets:
         reason, made_03 = max(dropped, key=dropped.get), made.get("03", {})
         modes = ["json", "constrained", "expected"]  # each reads more, or finer, than the one before
-        mode = "expected" if made_03.get("scorer") else made_03.get("score_mode") or "json"
+        mode = made_03.get("score_mode") or "json"
+        mode = "expected" if made_03.get("scorer") or mode == "choice" else mode
         pointless = [*modes[: modes.index(mode) + 1], "--attempts" if full == inconsistent else "--constitution"]
         pointless += ["--det_min"] * (args.det_min == 0)
         tries = [what for what in REASONS[reason] if not any(word in what for word in pointless)]

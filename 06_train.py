@@ -39,6 +39,11 @@ The metrics, means over the pairs of a step (over a set of prompts before and af
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below leaves no traceback
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import functools
 import importlib.util
@@ -99,6 +104,7 @@ class Args(common.RunArgs):
     eval_steps: int = arg(0, "steps between two evaluations; 0: at the end of every epoch")
     save_steps: int = arg(25, "steps between two checkpoints, 12 bytes a parameter; 0: none", free=True)
     save_dtype: str = arg("float32", "of the saved model; bfloat16 loses small updates", ("float32", "bfloat16"))
+    accept_unfit_judge: bool = arg(False, "train although stage 2 found that its judge can't judge", free=True)
     tracker: str | None = arg(None, "also log to this one", ("tensorboard", "wandb", "trackio"), free=True)
     output_dir: str | None = arg(None, "folder of the trained model; default: 06_model in the run directory", free=True)
     model: str | None = arg(None, "model to train; default: the one that sampled the responses", free=True)
@@ -196,7 +202,7 @@ def read_pairs(path: Path, needs_gap: bool) -> list[dict]:
         for name in needed:
             check(isinstance(row, dict) and name in row, f"{where}: no '{name}' in the row; add it")
         gap, sides = row.get("gap", 0), (row["chosen"], row["rejected"])
-        check(type(gap) in (int, float) and 0 <= gap < math.inf, f"{where}: 'gap' must be a number, 0 or more")
+        check(type(gap) in (int, float) and 0 <= gap <= 1e9, f"{where}: 'gap' must be a number from 0 to 1e9")
         wanted = f"{where}: 'chosen' and 'rejected' must be lists of one assistant message, after the prompt's turns"
         for side in sides:
             check(isinstance(side, list) and side and all(isinstance(message, dict) for message in side), wanted)
@@ -235,20 +241,26 @@ def encode_response(tokenizer, prompt: list[dict], response: dict, truncated: bo
     before_text, whole_text = ("".join(text for text, _ in pieces) for pieces in (before, whole))
     same, hint = whole_text.startswith(before_text), "pass a plain one with --chat_template FILE"
     check(same, f"the chat template writes a prompt differently once it is answered (a thinking model?); {hint}")
-    # A truncated response is its text alone: the model never ended it, so neither end nor closing is taught.
     start, stop, text = len(before_text), len(whole_text), response["content"].strip()
+    place = whole_text.index(text, start)
+    # Plain text that a template puts before an answer, as an empty thought: the model has neither seen nor written it.
+    added, special = whole_text[start:place].strip(), [t for t in tokenizer.added_tokens_decoder.values() if t.special]
+    added = added and not any(token.content in added for token in special)
+    start = place if added else start
+    # A truncated response is its text alone: the model never ended it, so neither end nor closing is taught.
     if truncated:
-        stop = whole_text.index(text, start) + len(text)
+        stop = place + len(text)
     # Where tokens merge over the border between prompt and response, the text is cut there instead.
     prompt_ids, whole_ids = (common.encode_pieces(tokenizer, pieces) for pieces in (before, cut(whole, 0, stop)))
     ids = whole_ids[len(prompt_ids) :]
-    if whole_ids[: len(prompt_ids)] != prompt_ids:
+    if added or whole_ids[: len(prompt_ids)] != prompt_ids:
         ids = common.encode_pieces(tokenizer, cut(whole, start, stop))
     if truncated:
         return prompt_ids, ids
     # What a template writes after the end token is never generated; a template without one gets the tokenizer's.
-    ended, own = [i for i, token in enumerate(ids) if token in ends], tokenizer.eos_token_id
-    return prompt_ids, ids[: ended[-1] + 1] if ended else ids + [own] * (own is not None)
+    closing, own = common.encode_pieces(tokenizer, cut(whole, place + len(text), stop)), tokenizer.eos_token_id
+    ended = [i for i, token in enumerate(closing, 1) if token in ends]
+    return prompt_ids, ids[: len(ids) - len(closing) + ended[0]] if ended else ids + [own] * (own is not None)
 
 
 def group_pairs(tokenizer, pairs: list[dict], ends: list[int], args: Args) -> tuple[list[dict], dict[str, int]]:
@@ -261,7 +273,8 @@ def group_pairs(tokenizer, pairs: list[dict], ends: list[int], args: Args) -> tu
     is_sft = args.loss == "sft"
     for pair in pairs:
         key, sides, indices = json.dumps([pair.get("id"), pair["prompt"]]), ["chosen", "rejected"][: 2 - is_sft], []
-        fresh = {"id": pair.get("id"), "sequences": [], "pairs": [], "truncated": 0, "shortened": 0}
+        id = pair["prompt"][-1]["content"] if pair.get("id") is None else pair["id"]
+        fresh = {"id": id, "sequences": [], "pairs": [], "truncated": 0, "shortened": 0}
         group = groups.setdefault(key, fresh)
         if not all(pair[side]["content"].strip() for side in sides):  # would teach the model to say nothing
             dropped[BLANK] += 1
@@ -311,8 +324,7 @@ def weight_statistics(groups: list[dict]) -> dict[str, float]:
 def split_prompts(groups: list[dict], args: Args) -> tuple[list[dict], list[dict]]:
     """(prompts to train on, prompts held out by --eval_fraction)."""
     # Seed and id alone decide: another δ or filter holds out the same ids, and prompts of one id stay together.
-    keys = [group["id"] if group["id"] is not None else group["sequences"][0][0] for group in groups]
-    draws = [common.derive_seed(args.seed, "eval", key) / 2**63 for key in keys]
+    draws = [common.derive_seed(args.seed, "eval", group["id"]) / 2**63 for group in groups]
     limit = max(args.eval_fraction, min(draws) + 1e-15) if args.eval_fraction else 0.0  # at least one
     kept, held_out = ([g for g, d in zip(groups, draws, strict=True) if (d < limit) is out] for out in (False, True))
     check(kept, f"--eval_fraction leaves none of {len(groups)} prompts to train on; lower it")
@@ -465,7 +477,7 @@ def prepare(accelerator, model, args: Args):
 
         # An adapter beside every linear layer, all else frozen. It begins as 0; of its two factors the first is
         # random, so it is drawn alike on every process. Trained weights are float32, also under a bfloat16 base.
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % (1 << 63))
         rank, alpha = args.lora_rank, LORA_ALPHA * args.lora_rank
         peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS), model)
         for weight in model.parameters():
@@ -510,6 +522,8 @@ def write_card(args: Args, record: dict, pairs: int, prompts: int) -> str:
     given = Path(args.model), Path(args.output_dir)
     base, name = (path.name if path.is_absolute() or path.exists() else str(path) for path in given)
     shown = record["args"] | {"model": base, "output_dir": name}
+    verdict = common.judge_verdict(record["earlier"], common.names_of(record["earlier"]))[1]
+    checked = [*common.check_lines(record["earlier"]), *([f"Warning: {verdict}."] if verdict else [])]
     return f"""---
 base_model: {base}
 library_name: transformers
@@ -520,6 +534,7 @@ tags: [alignment, preference-optimization, spa]
 pairs of {prompts} prompts that the model sampled, scored and refined itself. No human labels.
 It has not been evaluated for any use; what it was trained on decides what it does.
 
+{"  ".join(line + chr(10) for line in checked)}
 Arguments: `{shown}`; data: `{record["inputs"]}`; versions: `{record["versions"]}`
 """
 
@@ -674,6 +689,8 @@ def make_accelerator(args: Args, folder: Path) -> Accelerator:
     """What `accelerate launch` asked for, as far as the stage supports it."""
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() or "NO"
     check(dynamo == "NO", f"dynamo ({dynamo}) is not supported: launch with a file of configs/")
+    parts = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"  # the loss would be divided by it
+    check(parts == "1", f"gradient accumulation ({parts}) is not supported: --tokens_per_batch splits a step")
     options = {"cpu": not torch.cuda.is_available(), "log_with": args.tracker, "project_dir": str(folder.parent)}
     # With FSDP and bf16, accelerate's own policy would round our sums and the reduced gradients to bfloat16.
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
@@ -712,6 +729,11 @@ def main(args: Args) -> None:
     made = common.made_by(source)
     common.inherit(args, made, "01", "model", "chat_template")
     check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
+    # A judge that prefers the worse answers makes a worse model, while the loss falls and the margins rise.
+    fit, verdict = common.judge_verdict(made, common.names_of(made))
+    check(fit or args.accept_unfit_judge, f"{verdict}; see the judge check of 02_score.py, or --accept_unfit_judge")
+    if verdict:
+        common.warn(verdict)
     record = common.begin(args, "06_train", [metrics_file, named], made, record_file, **{source.name: source})
     if record["complete"]:
         accelerator.print(f"{named} is complete already; --overwrite trains again")
@@ -769,6 +791,8 @@ def main(args: Args) -> None:
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
         logps = all_logps(accelerator, model, measured)
+        finite, precision = torch.cat(logps).isfinite().all(), accelerator.mixed_precision
+        check(finite, f"the model's numbers are not finite (mixed precision: {precision}); lower --learning_rate?")
         return total_metrics(measured, logps, args, "eval" if held_out else "train")
 
     # Before training: dpo's frozen reference, and the metrics of the prompts that are measured; or all that as it was.
@@ -867,4 +891,5 @@ def report(args: Args, groups, title: str, before: dict, after: dict, speed: dic
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     common.run_stage(main, Args)

@@ -96,7 +96,8 @@ class Run:
         found: dict[str, dict] = {}
         for stage, record in self.records.items():
             if stage != "06_train" and record:
-                found = {**record.get("earlier", {}), **found, stage[:2]: record["args"]}
+                checked = {"checked": record["checked"]} if "checked" in record else {}  # stage 2's look at its judge
+                found = {**record.get("earlier", {}), **found, stage[:2]: record["args"] | checked}
         return found
 
     @property
@@ -303,6 +304,9 @@ def key_numbers(run: Run) -> dict[str, str]:
     candidates, refined = candidate_scores(rows), refined_scores(rows)
     numbers = {"model": run.model or "–", "judge": run.judge or "–"}
     numbers["scores"] = run.argument("02_score", "score_mode") or "–"
+    lines = [line.removeprefix("judge check: ") for line in common.check_lines(run.made)]
+    fit, verdict = common.judge_verdict(run.made, run.names)
+    numbers["judge check"] = "; ".join([*lines, *([] if fit else [verdict])]) or "–"
     numbers["prompts"] = number(len(rows))
     for title, groups in (("answers", candidates), ("refined", refined)):
         means = list(shared.prompt_means(groups).values())

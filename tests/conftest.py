@@ -24,6 +24,7 @@ import common
 torch.set_num_threads(1)  # as in the forked processes: sums of other parts differ in the last digit
 
 ROOT = Path(__file__).resolve().parent.parent
+PROBES = Path(__file__).with_name("probes.jsonl")  # few, for stage 2
 STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_train")
 
 CHAT = [
@@ -50,6 +51,59 @@ TEMPLATES = {
     "ten_is_one": CHATML,
     "long": CHATML,  # with a context of 4,096
 }
+
+# The structures of the chat templates in most use, in the tests' own tokens
+HEAD = r"""{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- set rest = messages[1:] if system else messages %}
+{%- macro turn(role, text) %}{{ '<|im_start|>' + role + '\n' + text + '<|im_end|>\n' }}{% endmacro %}"""
+ASK = r"{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+FAMILIES = {
+    "default system": TEMPLATES["default_system"],  # Qwen 2.5
+    # Qwen 3
+    "thought rewritten": r"""{%- for m in messages %}
+  {%- set parts = m.content.split('</think>') if m.role == 'assistant' else [m.content] %}
+  {%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}
+  {%- set thought = '<think>\n' + thought + '\n</think>\n\n' if m.role == 'assistant' and loop.last else '' %}
+  {{- turn(m.role, thought + parts[-1].lstrip('\n')) }}{% endfor %}""" + ASK,
+    # DeepSeek R1
+    "thought opened": r"""{{- bos_token + system }}{% for m in rest %}
+  {{- m.role + ': ' + m.content.split('</think>')[-1] + (eos_token if m.role == 'assistant' else '') }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: <think>\n' }}{% endif %}""",
+    # Gemma 2
+    "system refused": r"""{{- bos_token }}{% if system %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for m in messages %}
+  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
+  {{- turn(m.role, m.content | trim) }}{% endfor %}""" + ASK,
+    # Gemma 3
+    "text or parts": r"""{{- bos_token }}{% for m in rest %}
+  {%- set text = m.content if m.content is string else m.content[0].text %}
+  {{- turn(m.role, (system + '\n\n' if loop.first and system else '') + text | trim) }}{% endfor %}""" + ASK,
+    # Llama 3.2
+    "a date": r"""{{- bos_token }}{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}
+{{- turn('system', 'Today Date: ' + date + '\n\n' + system | trim) }}
+{%- for m in rest %}{{ turn(m.role, m.content | trim) }}{% endfor %}""" + ASK,
+    # Llama 2
+    "no generation prompt": r"""{{- bos_token }}{% for m in rest %}
+  {%- set before = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system else '' %}
+  {{- '[INST] ' + before + m.content | trim + ' [/INST]' if m.role == 'user' else ' ' + m.content | trim + eos_token }}
+{%- endfor %}""",
+    # Mistral 0.3
+    "system before the last": r"""{{- bos_token }}{% for m in rest %}
+  {%- set before = system + '\n\n' if loop.last and system else '' %}
+  {{- '[INST] ' + before + m.content + '[/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}
+{%- endfor %}""",
+    # Phi 3
+    "eos at the end": r"""{% for m in messages %}{{ turn(m.role, m.content) }}{% endfor %}""" + ASK
+    + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+    # gpt-oss
+    "channels": r"""{{- turn('system', 'It is ' + strftime_now('%Y-%m-%d')) }}
+{%- if system %}{{ turn('developer', '# Instructions\n\n' + system) }}{% endif %}
+{%- for m in rest %}{{ turn(m.role + ('<s>final' if m.role == 'assistant' else ''), m.content) }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}""",
+    # LLaVA
+    "parts only": "{% for m in messages %}{{ turn(m.role, m.content[0]['text']) }}{% endfor %}" + ASK,
+}  # fmt: skip
+FAMILIES = {name: HEAD + template for name, template in FAMILIES.items()}
 
 
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:

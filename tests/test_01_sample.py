@@ -105,6 +105,7 @@ def test_bad_files_are_one_line(tmp_path, name, content, words):
 
 
 def test_a_folder_named_like_a_file_and_an_empty_table(tmp_path):
+    """FAULTS section 4."""
     (tmp_path / "x.csv").mkdir()
     datasets.Dataset.from_dict({"prompt": []}).to_parquet(str(tmp_path / "x.parquet"))
     with refused("no such file"):
@@ -290,10 +291,13 @@ def test_a_model_without_a_chat_template(stage, tiny, call, tmp_path):
     run_dir = tmp_path / "own"
     assert stage("--n", 3, "--chat_template", template, model=tiny("no_template"), run_dir=run_dir)[0] == 0
     template.write_text("Gone")
-    assert call("02_score", "--run_dir", run_dir)[0] == 0, "the template's text is handed on to the next stage"
+    assert call("02_score", "--run_dir", run_dir, "--no-judge_check")[0] == 0, (
+        "the template's text is handed on to the next stage"
+    )
 
 
 def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage, tmp_path):
+    """FAULTS 37 and 38."""
     run_dir = tmp_path / "run"
     _, _, _, rows = stage("--n", 3, run_dir=run_dir)
     (run_dir / "01_samples.jsonl").write_text(common.dump_row(rows[2]))  # as a kill may leave it
@@ -306,6 +310,17 @@ def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage
     assert code == 0 and "is complete already; --overwrite redoes it" in out
     code, _, err, _ = stage("--n", 3, rows=PROMPTS[:5], run_dir=run_dir)
     assert code == 2 and "prompts is another than when 01_sample.py ran" in err
+
+
+def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
+    """Long prompts, whose tokens are counted before anything is sampled."""
+    rows = [row | {"id": f"{i}", "prompt": row["prompt"] + "so " * 250} for i, row in enumerate(PROMPTS)]
+    _, _, _, made = stage("--n", 3, "--batch_size", 3, rows=rows, run_dir=tmp_path / "run")
+    (tmp_path / "run" / "01_samples.jsonl").write_text("".join(map(common.dump_row, made[:1] + made[2:])))
+    seen, encode = [], common.Local.encode
+    monkeypatch.setattr(common.Local, "encode", lambda self, chat: seen.append(chat) or encode(self, chat))
+    assert stage("--n", 3, "--batch_size", 3, rows=rows, run_dir=tmp_path / "run")[3] == made
+    assert {chat[-1]["content"] for chat in seen} == {made[1]["prompt"]} and len(made) == 6
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def stage(call, tiny, tmp_path):
     def run(*options, rows=ROWS, run_dir=None, model=None):
         run_dir = run_dir or tmp_path / f"run{next(runs)}"
         write_rows(run_dir / "01_samples.jsonl", rows)
-        code, out, err = call("02_score", "--run_dir", run_dir, "--model", model or tiny(), *options)
+        check = () if "--judge_probes" in options else ("--no-judge_check",)
+        code, out, err = call("02_score", "--run_dir", run_dir, "--model", model or tiny(), *check, *options)
         path = run_dir / "02_scores.jsonl"
         scores = [r["scores"] for row in read_rows(path) for r in row["responses"]] if path.exists() else None
         return code, out, err, scores, run_dir
@@ -102,7 +103,6 @@ def test_another_judge_prompt_is_one_constant(stage, monkeypatch, tiny):
     monkeypatch.setattr(common.Local, "encode", lambda self, chat: asked.add(chat[0]["content"]) or render(self, chat))
     other = "Rate {response} to {instruction_part} on\n{dimensions}\nas {fields}"
     monkeypatch.setattr(common, "JUDGE_TEMPLATE", other)
-    monkeypatch.setattr(common.judge_prompt, "__defaults__", (other,))  # bound when the file is read
     code, _, err, scores, _ = stage("--score_mode", "expected")
     assert code == 0 and scores != whole, err
     assert any(text.startswith(f"Rate {TEXTS[0]} 0 to ") for text in asked)

@@ -223,7 +223,7 @@ def test_the_judge_is_that_of_stage_2(call, tiny, tmp_path):
         "expected",
         "--no-with_instruction",
     )
-    assert call("02_score", "--run_dir", tmp_path, "--model", tiny(), *options)[0] == 0
+    assert call("02_score", "--run_dir", tmp_path, "--model", tiny(), "--no-judge_check", *options)[0] == 0
     code, out, err = call("03_refine", "--run_dir", tmp_path, "--max_new_tokens", 4)
     assert code == 0 and "(expected)" in out and err.count("warning") == 0, err
     assert all(len(row["refined"]["scores"] or "abc") == 3 for row in read_rows(tmp_path / "03_refined.jsonl"))

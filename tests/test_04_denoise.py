@@ -277,6 +277,7 @@ FINE = scored_row("fine", [[5.25, 5.5]] * 3, [9.5, 9.25])
     ],
 )  # fmt: skip
 def test_emptied_by_a_filter_is_exit_code_3_with_advice(tmp_path, call, row, made, options, words, never):
+    """FAULTS section 4: advice that names what was done already, or says nothing where candidates are at 10."""
     write_rows(tmp_path / "03_refined.jsonl", [row])
     make_record(tmp_path, "03", **made)
     code, out, err = call("04_denoise", "--run_dir", tmp_path, *options)

@@ -188,6 +188,8 @@ def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
         (raw(prompt=5), "'prompt' must be text, or a list"),
         (raw(gap=-1), "'gap' must be a number"),
         (raw(gap=True), "'gap' must be a number"),
+        (raw(gap=1e308), "'gap' must be a number from 0 to 1e9"),  # the sum of two is infinite, all weights 0
+        (raw(gap=10**400), "'gap' must be a number from 0 to 1e9"),
         (raw(chosen="So."), "must be lists of one assistant message"),
         (raw(chosen=turn("user", "So.")), "must be lists of one assistant message"),
         (raw(chosen=turn("assistant", "a") + turn("assistant", "b")), "'prompt' must be text, or a list"),
@@ -200,6 +202,7 @@ def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
     ],
 )
 def test_bad_pairs_are_one_line(tmp_path, row, words):
+    """FAULTS 23 and section 4."""
     with pytest.raises(UserError, match=words):
         train.read_pairs(write_rows(tmp_path / "05_pairs.jsonl", [row]), True)
 
@@ -430,13 +433,18 @@ def test_a_run_trains_and_saves(tiny, call, run_dir, loss):
 
 
 def test_the_card_has_names_and_no_paths(tiny, call, run_dir):
+    """FAULTS 46: nor has any other text file of the model."""
     assert call("06_train", "--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "06_x_model")[0] == 0
     card = (run_dir / "06_x_model" / "README.md").read_text()
     assert "loss `spa`" in card and "arXiv 2511.06222" in card and "# 06_x_model" in card
-    assert str(run_dir) not in card and os.path.dirname(tiny()) not in card and os.path.basename(tiny()) in card
+    assert os.path.basename(tiny()) in card
+    for file in (run_dir / "06_x_model").iterdir():
+        text = file.read_bytes()
+        assert os.fsencode(run_dir) not in text and os.fsencode(os.path.dirname(tiny())) not in text, file.name
 
 
 def test_batch_mean_gap_run_and_two_losses_side_by_side(tiny, call, run_dir):
+    """FAULTS section 4: each variant's `next:` names a folder of its own."""
     common_options = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
     _, out, _ = call(*common_options, "--gap_mean", "batch")
     assert f"next: python 01_sample.py --model {run_dir}/06_model --split test --run_dir {run_dir}/test_model\n" in out
@@ -597,6 +605,8 @@ def test_a_loss_that_is_not_finite_names_its_prompts(tmp_path, tiny, call):
 
 
 def test_running_out_of_memory_is_one_line(run_dir, tiny, call, monkeypatch):
+    """FAULTS 37."""
+
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -606,6 +616,7 @@ def test_running_out_of_memory_is_one_line(run_dir, tiny, call, monkeypatch):
 
 
 def test_counted_and_said_what_is_cut_or_shortened(run_dir, tiny, call):
+    """FAULTS section 4: prompts that are shortened."""
     rows = make_pairs()
     cut = {row["rejected"][0]["content"] for row in rows[:2]}
     rows = [row | {"rejected_truncated": True} if row["rejected"][0]["content"] in cut else row for row in rows]
@@ -654,6 +665,7 @@ def test_dynamo_is_refused(run_dir, tiny, call, monkeypatch):
 
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_linked_output_folder_is_written_behind_the_link(run_dir, tiny, call, tmp_path, dangling):
+    """FAULTS 40: a symlink, dangling or not."""
     target = tmp_path / "elsewhere" / "model"
     if not dangling:
         target.mkdir(parents=True)
@@ -694,7 +706,7 @@ def test_the_saved_type(tiny, call, run_dir):
 
 
 def test_older_readers_find_the_same_values(tiny, call, run_dir):
-    """transformers 4.5x, in older servers, knows rope_theta alone: it would go on with 10,000 in silence."""
+    """FAULTS section 4: transformers 4.5x, in older servers, knows rope_theta alone and would go on with 10,000."""
     model = AutoModelForCausalLM.from_pretrained(tiny())
     model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 77777.0}
     model.save_pretrained(run_dir / "base")
@@ -781,6 +793,13 @@ def test_an_adapter_goes_on_from_its_checkpoint(tiny, call, run_dir, monkeypatch
     assert code == 0 and "going on from step 2" in out, err
     a, b = ((folder / "06_model" / "model.safetensors").read_bytes() for folder in (run_dir, run_dir / "whole"))
     assert a == b
+
+
+def test_a_huge_seed_is_a_seed(tiny, call, run_dir):
+    """FAULTS section 4; the adapter's random factor is drawn by it."""
+    pytest.importorskip("peft")
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *ADAPTER, "--seed", 10**30)
+    assert code == 0, err
 
 
 def test_an_adapter_without_peft_is_one_line(tiny, call, run_dir, monkeypatch):

@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from conftest import count_rows, read_rows, wait, write_rows
+from conftest import PROBES, count_rows, read_rows, wait, write_rows
 from forked import Launch
 
 import common
@@ -14,7 +14,7 @@ import common
 # several batches of several lengths
 OPTIONS = {
     "01_sample": ("--n", "3", "--max_new_tokens", "16", "--batch_size", "6", "--system_prob", "0.4"),
-    "02_score": ("--score_mode", "expected", "--batch_size", "6"),
+    "02_score": ("--score_mode", "expected", "--batch_size", "6", "--judge_probes", PROBES),
     "03_refine": ("--attempts", "2", "--max_new_tokens", "12", "--batch_size", "4"),
 }
 FILES = {"01_sample": "01_samples.jsonl", "02_score": "02_scores.jsonl", "03_refine": "03_refined.jsonl"}
@@ -54,6 +54,8 @@ def before(alone, folder, stage):
     for later in list(FILES)[list(FILES).index(stage) :]:
         (folder / FILES[later]).unlink()
         (folder / f"{later[:2]}_args.json").unlink()
+        if later == "02_score":
+            (folder / "02_judge_check.jsonl").unlink()
     return folder
 
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from chat_server import TROUBLE, ChatServer, answer, whole_answer
-from conftest import ROOT, count_rows, read_rows, wait, write_rows
+from conftest import PROBES, ROOT, count_rows, read_rows, wait, write_rows
 from forked import Launch
 from llama_server import NAME, SLOT, LlamaServer
 
@@ -195,7 +195,7 @@ def test_stages_on_a_real_server(llama, tmp_path, call):
     place = ("--run_dir", tmp_path, "--endpoint", llama.url)
     code, out, err = call("01_sample", *place, "--model", NAME, *first)
     assert code == 0, err
-    code, out, err = call("02_score", *place, "--score_mode", "expected")
+    code, out, err = call("02_score", *place, "--score_mode", "expected", "--judge_probes", PROBES)
     assert code == 0 and re.search(r"\(null\) +0\n.*responses scored +24\n", out, re.DOTALL), out + err
     short = ("--template", "principles", "--max_new_tokens", 12)  # a shorter prompt than the paper's
     code, out, err = call("03_refine", *place, *short)
@@ -242,6 +242,7 @@ def test_the_context_and_the_names_that_a_server_lists(capsys):
 
 
 def test_settings_are_always_sent():
+    """FAULTS 28."""
     with ChatServer() as server:
         complete(engine(server), "Hi", temperature=0.0)
         complete(engine(server), "Hi", temperature=1.0, top_p=0.5)
@@ -254,6 +255,8 @@ def test_settings_are_always_sent():
 
 
 def test_a_server_with_fewer_or_other_fields(capsys):
+    """FAULTS section 4: max_completion_tokens, a temperature of 0."""
+
     def strict(number, body):
         if "max_tokens" in body:
             return 400, {"error": {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}}
@@ -280,6 +283,7 @@ def test_a_server_with_fewer_or_other_fields(capsys):
 
 
 def test_what_no_further_try_mends_is_one_line_at_once():
+    """FAULTS section 4: a server's own words; 429 insufficient_quota is not tried for minutes."""
     poor = 429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
     hint = "; see --model, the URL and the key in $SPA_API_KEY"
     for what, words in (("401", hint), ("403", hint), ("404", hint), (poor, "answers 429 You exceeded")):
@@ -324,6 +328,7 @@ def test_the_path_of_an_endpoint():
 
 @pytest.mark.parametrize("trouble", TROUBLE)
 def test_each_trouble_is_tried_again(trouble, capsys):
+    """FAULTS 41: a server that drips a byte now and then; section 4: 200 with an error, JSON nested 100,000 deep."""
     with ChatServer(lambda number, body: trouble if number in (1, 2) else "ok") as server:
         it = engine(server, timeout=0.7 if trouble in ("slow", "drip", "drip_head") else 60, concurrency=1)
         started = time.monotonic()
@@ -342,6 +347,7 @@ def test_each_trouble_is_tried_again(trouble, capsys):
 
 
 def test_odd_answers():
+    """FAULTS 14 and 41: a refusal, a content filter, a lone surrogate."""
     odd = {
         "refusal": whole_answer(None, refusal="I can't help with that."),
         "spent": whole_answer(None, "length"),
@@ -373,6 +379,7 @@ def test_no_more_requests_at_once_than_allowed():
 
 
 def test_the_key_is_sent_and_never_shown(capsys, monkeypatch):
+    """FAULTS 42 and 43: no odd character, cut or escape sequence brings it, or a terminal's commands, to light."""
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, f"users-own-{name}")
     for key, sent in (
@@ -425,6 +432,7 @@ PLAIN = (
 
 
 def test_control_tokens_reach_a_server_as_text(capsys):
+    """FAULTS 45."""
     known = [token for line in CONTROL.strip().splitlines() for token in line.split("  ", 1)[1].split()]
     with ChatServer() as server:
         it = engine(server)
@@ -551,7 +559,11 @@ def options_of(stage, run_dir, server, *more):
         prompts = write_rows(run_dir / "prompts.jsonl", rows)
         first = ("--prompts", prompts, "--model", "served", "--endpoint", server.url, "--n", 3)
         return ("--run_dir", run_dir, *first, "--system_prob", 0.4, "--max_new_tokens", 40, *more)
-    own = ("--score_mode", "json") if stage == "02_score" else ("--attempts", 2, "--max_new_tokens", 40)
+    own = (
+        ("--score_mode", "json", "--no-judge_check")
+        if stage == "02_score"
+        else ("--attempts", 2, "--max_new_tokens", 40)
+    )
     return ("--run_dir", run_dir, "--endpoint", server.url, *own, *more)
 
 
@@ -681,7 +693,15 @@ def test_a_server_that_holds_to_no_form_is_read_as_json(good, tmp_path, call):
     for name in ("02_args.json", "02_scores.jsonl"):
         (tmp_path / "run" / name).unlink()
     with ChatServer() as server:
-        options = ("--run_dir", tmp_path / "run", "--endpoint", server.url, "--score_mode", "expected")
+        options = (
+            "--run_dir",
+            tmp_path / "run",
+            "--endpoint",
+            server.url,
+            "--score_mode",
+            "expected",
+            "--no-judge_check",
+        )
         code, _, err = call("02_score", *options)
     assert code == 0 and "does not allow --score_mode expected: scores are read as json" in err
     assert (tmp_path / "run" / "02_scores.jsonl").read_bytes() == (good / "02_scores.jsonl").read_bytes()
@@ -695,6 +715,7 @@ def test_a_run_is_not_moved_from_a_server_to_a_local_model(good, tmp_path, call)
 
 
 def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, call, monkeypatch):
+    """FAULTS 44: not a server that only a record names."""
     monkeypatch.setenv("SPA_API_KEY", "secret-model-key")
     monkeypatch.setenv("SPA_JUDGE_API_KEY", "secret-judge-key")
     with ChatServer() as server, ChatServer() as judge:
@@ -721,7 +742,7 @@ def test_another_judge_for_a_local_model(tiny, tmp_path, call):
     sampled = ("--prompts", prompts, "--model", tiny(), "--n", 3, "--max_new_tokens", 8)
     assert call("01_sample", "--run_dir", tmp_path, *sampled)[0] == 0
     with ChatServer() as server:
-        judged = ("--judge_endpoint", server.url, "--judge_model", "strict", "--score_mode", "json")
+        judged = ("--judge_endpoint", server.url, "--judge_model", "strict", "--score_mode", "json", "--no-judge_check")
         code, out, err = call("02_score", "--run_dir", tmp_path, *judged)
         assert code == 0 and f"strict judges the responses of {tiny()}" in out, err
         code, out, err = call("03_refine", "--run_dir", tmp_path, "--max_new_tokens", 8)

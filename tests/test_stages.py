@@ -5,12 +5,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, ROOT, STAGES, read_rows, run_script, write_rows
+from conftest import CHAT, PROBES, ROOT, STAGES, read_rows, run_script, wait, write_rows
 from forked import Launch
 
 import common
@@ -19,11 +20,11 @@ PROMPTS = [{"id": f"p{i}", "prompt": f"Question {i}: " + "is it safe to say so? 
 PROMPTS.append({"id": "chat", "prompt": [*CHAT[:-1], {"role": "user", "content": "Is it <|im_end|> safe?"}]})
 COMMANDS = {
     "01_sample": ("--system_prob", 0.5, "--n", 3, "--max_new_tokens", 6, "--batch_size", 6),
-    "02_score": ("--score_mode", "expected", "--batch_size", 6),
+    "02_score": ("--score_mode", "expected", "--batch_size", 6, "--judge_probes", PROBES),
     "03_refine": ("--attempts", 2, "--max_new_tokens", 6, "--batch_size", 4),
     "04_denoise": ("--no-consistency",),
     "05_pairs": ("--delta", 0.01),
-    "06_train": ("--learning_rate", 1e-3, "--batch_size", 4),
+    "06_train": ("--learning_rate", 1e-3, "--batch_size", 4, "--accept_unfit_judge"),
 }
 FILES = {"01_sample": "01_samples.jsonl", "02_score": "02_scores.jsonl", "03_refine": "03_refined.jsonl"}
 
@@ -102,7 +103,7 @@ def test_what_a_user_sees(finished):
         assert f"next: {command} {following}.py" in out and "wrote " in out and " in " in out
     for stage, (_, err) in printed.items():
         lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
-        ours = [line for line in lines if re.match(rf"warning: |{stage[:2]} |\s*\x1b", line)]
+        ours = [line for line in lines if re.match(rf"warning: |{stage[:2]} |judge check: |\s*\x1b", line)]
         assert lines == ours, f"{stage}: {set(lines) - set(ours)}"
     assert re.search(r"scores read \d+ of 24", printed["02_score"][0]) and "ties: " in printed["03_refine"][0]
 
@@ -125,7 +126,6 @@ def test_an_ablation_is_one_option_or_one_constant(way, tiny, tmp_path, call, mo
     if way == "judge prompt":
         other = "{instruction_part}{response}\n\nHow good is that? {count} numbers, {dimensions}:\n{fields}"
         monkeypatch.setattr(common, "JUDGE_TEMPLATE", other)
-        monkeypatch.setattr(common.judge_prompt, "__defaults__", (other,))  # bound when the file is read
         options = ("--score_mode", "expected")
     k, run_dir = 2 if way == "judge prompt" else 3, tmp_path / "run"
     sampling = ("--prompts", prompts, "--model", tiny("long"), "--n", k + 2, "--max_new_tokens", 8)
@@ -235,13 +235,83 @@ def test_wrong_options_are_one_line(stage, options, words, tmp_path, call, tiny)
     assert words in err or (words == "" and err.splitlines()[-1].startswith(f"{stage}.py: error: "))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_run_is_refused_while_the_first_one_lives(finished, tmp_path, call, stage):
+    """FAULTS 36: the first one, halted right after its lock, goes on as if nothing had been."""
+    command = copy_run(finished, tmp_path, stage)
+    first = Launch(f"{stage}.py", *command, kill=(3, str(tmp_path), signal.SIGSTOP))
+    wait(lambda: Path(f"/proc/{first.running[0].pid}/stat").read_text().rsplit(")")[-1].split()[0] == "T")
+    before = contents(tmp_path)
+    code, _, err = call(stage, *command)
+    assert code == 2 and "another process is at work on" in err.splitlines()[-1] and err.count("error: ") == 1, err
+    assert contents(tmp_path) == before
+    os.kill(first.running[0].pid, signal.SIGCONT)
+    assert first.finish()[0] == 0
+    files = contents(tmp_path)
+    assert files == {name: (finished[0] / name).read_bytes() for name in files} and len(files) > len(before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_read_only_directory_is_one_line(finished, tmp_path, stage):
+    """FAULTS section 4: it is only read from where the output goes elsewhere."""
+    run_dir = tmp_path / "run"
+    command, before = copy_run(finished, run_dir, stage), contents(run_dir)
+    run_dir.chmod(0o555)
+    code, _, err = Launch(f"{stage}.py", *command, powers=False).finish()
+    assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
+    assert "Permission denied" in err and str(run_dir) in err and contents(run_dir) == before
+    if stage in ("04_denoise", "05_pairs"):
+        command = ["--input", str(run_dir), "--run_dir", str(tmp_path / "other"), *command[2:]]
+    elif stage == "06_train":
+        command += ["--output_dir", str(tmp_path / "other" / "06_model")]
+    else:
+        return
+    code, _, err = Launch(f"{stage}.py", *command, powers=False).finish()
+    assert code == 0 and contents(tmp_path / "other") and contents(run_dir) == before, err
+
+
+OUTPUTS = [*list(FILES.items())[1:], ("04_denoise", "04_denoised.jsonl"), ("05_pairs", "05_pairs.jsonl")]
+
+
+@pytest.mark.parametrize(("stage", "output"), OUTPUTS)
+def test_a_full_disk_is_one_line_and_what_it_says_is_true(finished, tmp_path, stage, output):
+    """FAULTS 34; 01 and 06: test_sample_processes.py, test_resume.py."""
+    command, whole = copy_run(finished, tmp_path, stage), (finished[0] / output).read_bytes()
+    code, _, err = Launch(f"{stage}.py", *command, limit=len(whole) * 2 // 3).finish()
+    assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
+    assert "run the same command again" in err.splitlines()[-1] and {p.suffix for p in tmp_path.glob(".*")} == {".lock"}
+    code, _, err = Launch(f"{stage}.py", *command).finish()
+    assert code == 0 and (tmp_path / output).read_bytes() == whole, err
+
+
+def test_an_interrupt_while_stage_6_imports(tmp_path):
+    """FAULTS section 4: no traceback."""
+    command = [sys.executable, "06_train.py", "--run_dir", str(tmp_path)]
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (ignored where tests run in the background)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    wait(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (-signal.SIGINT, 130) and "Traceback" not in process.stderr.read()
+
+
+def test_a_reader_that_leaves_before_the_end(finished, tmp_path):
+    """FAULTS section 4: a pipe that closes before the last line ends the stage with the code of SIGPIPE, silently."""
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    for options in (("--run_dir", run_dir, *COMMANDS["05_pairs"], "--overwrite"), ("--help",)):
+        command = [sys.executable, "05_pairs.py", *map(str, options)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(60) == 141 and "Error" not in err and "Traceback" not in err, err
+
+
 def test_help_is_the_documentation():
     done = run_script("04_denoise.py", "--help")
     assert done.returncode == 0 and "Algorithm 1, lines 11-21" in done.stdout and "(default: 30.0)" in done.stdout
 
 
 def test_terminals_that_are_poor_and_readers_that_leave(finished, tmp_path):
-    """Output in cp1252 or ASCII, and a closed pipe: no traceback."""
+    """FAULTS section 4: output in cp1252 or ASCII, and a closed pipe: no traceback."""
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
     for name in ("cp1252", "ascii"):
         options = ("--run_dir", run_dir, *COMMANDS["04_denoise"], "--overwrite")
@@ -253,7 +323,7 @@ def test_terminals_that_are_poor_and_readers_that_leave(finished, tmp_path):
 
 
 def test_layers_spread_over_devices_give_the_same_files(finished, tmp_path, call, monkeypatch):
-    """--device_map on one device; it may change on resume. Layers moved by hooks are tested in test_common.py."""
+    """FAULTS 37: --device_map on one device; it may change on resume. test_common.py tests layers moved by hooks."""
     for stage, file in FILES.items():
         code, _, err = call(stage, "--run_dir", tmp_path, *COMMANDS[stage], "--device_map", "auto")
         assert code == 0, err

@@ -1,0 +1,345 @@
+"""The judge check: the probes, what is counted, the fourth score mode, and what an unfit judge may not do."""
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+from conftest import PROBES, ROOT, read_rows, refused, write_rows
+
+import common
+
+OBJECTIVES = [["Harmlessness", "It is safe."], ["Helpfulness", "It helps."]]
+# scores by what an answer is in the probes' own files, so that the truth is known
+JUDGES = """
+import json, pathlib
+better = {{row["better"] for path in {paths} for row in map(json.loads, open(path, encoding="utf-8"))}}
+def good(prompts, responses):
+    return [[8, 7] if text in better else [3, 2] for text in responses]
+def bad(prompts, responses):
+    return [[3, 7] if text in better else [8, 2] for text in responses]
+def undecided(prompts, responses):
+    return [[5, 5] for _ in responses]
+def weak(prompts, responses):  # right in about two of three
+    return [[8, 7] if (text in better) == (len(prompt) % 3 > 0) else [3, 2] for prompt, text in zip(prompts, responses)]
+"""
+
+
+@pytest.fixture
+def judges(tmp_path):
+    """judges("good") -> the words for --scorer of a judge that knows the probes."""
+    path = tmp_path / "judges.py"
+    path.write_text(JUDGES.format(paths=[str(PROBES), str(ROOT / "data" / "judge_probes.jsonl")]))
+    return lambda name: f"{path}:{name}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# the probes
+
+
+def all_probes() -> list[dict]:
+    return read_rows(ROOT / "data" / "judge_probes.jsonl")
+
+
+def test_the_probes_are_what_the_check_says_of_them():
+    probes, words = all_probes(), lambda text: len(text.split())
+    assert len(probes) >= 180 and len({p["id"] for p in probes}) == len(probes)
+    prompts = [p["prompt"] for p in probes]
+    assert len(set(prompts)) == len(prompts)
+    own = {row["prompt"] for name in ("high_stakes", "honesty") for row in read_rows(ROOT / "data" / f"{name}.jsonl")}
+    assert not own & set(prompts), "a judge is checked on other prompts than those it is used on"
+    topics = {
+        name: {row["topic"] for row in read_rows(ROOT / "data" / f"{name}.jsonl")}
+        for name in ("high_stakes", "honesty")
+    }
+    for objective in common.CONSTITUTION:
+        mine = [p for p in probes if p["objective"] == objective]
+        assert {p["topic"] for p in mine} == topics["honesty" if objective == "honesty" else "high_stakes"]
+        for split in ("train", "test"):
+            part = [p for p in mine if p["split"] == split]
+            shorter = sum(words(p["better"]) < words(p["worse"]) for p in part) / len(part)
+            assert {p["topic"] for p in part} == {p["topic"] for p in mine} and 0.4 <= shorter <= 0.6, (
+                objective,
+                split,
+            )
+        assert sum(p["better"].startswith("I'm sorry") for p in mine) <= len(mine) / 3
+
+
+@pytest.mark.parametrize("objective", list(common.CONSTITUTION))
+def test_a_bag_of_words_can_not_tell_them_apart(objective):
+    """A classifier that sees single words, tested on probes it has not seen, stays below 75 %."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+
+    mine = [p for p in all_probes() if p["objective"] == objective]
+    texts = [p[side] for p in mine for side in ("better", "worse")]
+    labels, groups = [1, 0] * len(mine), [i for i in range(len(mine)) for _ in range(2)]
+    for binary in (True, False):
+        words = CountVectorizer(binary=binary, token_pattern=r"[\w']+")
+        classifier = make_pipeline(words, LogisticRegression(max_iter=2000))
+        share = cross_val_score(classifier, texts, labels, groups=groups, cv=GroupKFold(6)).mean()
+        assert share < 0.75, f"{objective}: {share:.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# what is counted
+
+
+def test_wilson_is_scipy_s():
+    from scipy.stats import binomtest
+
+    for right, n in ((0, 5), (1, 5), (46, 60), (60, 60), (3, 24)):
+        ours, theirs = common.wilson(right, n), binomtest(right, n).proportion_ci(method="wilson")
+        assert ours == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    assert common.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_counts_ties_unread_and_blind_spots():
+    rows = [{"objective": "harmlessness", "topic": f"t{i % 4}", "better": 8, "worse": 2} for i in range(40)]
+    for row in rows:
+        if row["topic"] == "t3":
+            row["better"], row["worse"] = row["worse"], row["better"]
+    rows[0]["worse"], rows[1]["better"] = 8, None
+    rows.append({"objective": "helpfulness", "topic": "t0", "better": 9, "worse": 2.5})
+    found = common.sum_up_check(rows)
+    own = found["harmlessness"]
+    assert list(found) == ["harmlessness", "helpfulness"] and found["helpfulness"]["right"] == 1
+    assert (own["right"], own["n"], own["ties"], own["unread"]) == (28, 40, 1, 1)
+    assert (own["low"], own["high"]) == common.wilson(28, 40) and own["blind"] == ["t3"]
+    assert own["mean_better"] == pytest.approx((29 * 8 + 10 * 2) / 39) and own["topics"]["t3"]["right"] == 0
+    made = {"02": {"objectives": ["harmlessness", "helpfulness"], "checked": found}}
+    line = "judge check: Harmlessness 28 of 40 in the right order (70 % [55, 82]), 1 ties, 1 unread, blind to: t3"
+    assert common.check_lines(made)[0] == line
+    fit, verdict = common.judge_verdict(made, ["Harmlessness"])
+    assert fit and "weak at Harmlessness" in verdict, "above chance, below 80 %"
+    own |= common.count_right([(2, 1)] * 24 + [(1, 2)] * 16)
+    assert own["low"] < 0.5 and common.judge_verdict(made, ["Harmlessness"])[0] is False
+    own |= common.count_right([(2, 1)] * 40)
+    assert common.judge_verdict(made, ["Harmlessness"]) == (True, "")
+    assert "nobody has checked" in common.judge_verdict({"02": {}}, ["Harmlessness"])[1]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"better": ""}, "line 2: a probe has"),
+        ({"prompt": 3}, "line 2"),
+        ({"id": "harm0"}, "line 2: id harm0 is there twice"),
+        ("[", "line 2"),
+    ],
+)
+def test_a_row_that_is_no_probe_is_named(tmp_path, row, words):
+    first = read_rows(PROBES)[0]
+    path = write_rows(tmp_path / "probes.jsonl", [first])
+    with open(path, "a") as file:
+        file.write(row if isinstance(row, str) else json.dumps(first | {"id": "other"} | row))
+    with refused(words):
+        common.read_probes(path, OBJECTIVES)
+
+
+# ---------------------------------------------------------------------------------------------------
+# choice: a question, two words
+
+
+def test_choice_is_the_probability_of_the_first_word(tiny):
+    """1 + 9 P, from one plain pass over the whole conversation; a blank response has no score."""
+    engine = common.Local(tiny())
+    args = common.JudgeArgs(objectives=["harmlessness", "brevity"], score_mode="choice", with_instruction=True)
+    args.constitution = {"brevity": "It is short."}
+    items = [("Is {it} safe?", "No, it is not."), ("What?", "Yes."), ("What?", " ")]
+    scores = common.judge(engine, items, args, [0] * 3)
+    assert scores[2] is None
+    forms = [common.QUESTIONS["harmlessness"], common.OWN_QUESTION]
+    for (prompt, response), own in zip(items[:2], scores[:2], strict=True):
+        for (question, pair), score in zip(forms, own, strict=True):
+            text = question.format(prompt=prompt, response=response, definition="It is short.")
+            assert "{" not in text.replace("{it}", "")
+            ids, logps = engine.encode(common.as_messages(text)), []
+            for word in pair:
+                more = engine.tokenizer(word, add_special_tokens=False).input_ids
+                logits = engine.model(torch.tensor([ids + more])).logits[0].log_softmax(-1)
+                logps.append(sum(logits[len(ids) - 1 + i, token].item() for i, token in enumerate(more)))
+                firsts = engine.tokenizer(word, add_special_tokens=False).input_ids
+                assert firsts, "the words are told apart by their tokens"
+            # of the steps at which both words are still open, as `read_options` takes them
+            expected = 1 + 9 * read_two(engine, ids, pair)
+            assert score == pytest.approx(expected, abs=1e-4)
+
+
+def read_two(engine, ids: list[int], pair: tuple) -> float:
+    """P(first word) at the first token in which the two differ."""
+    rows = [engine.tokenizer(word, add_special_tokens=False).input_ids for word in pair]
+    split = next(i for i in range(min(map(len, rows))) if rows[0][i] != rows[1][i])
+    logits = engine.model(torch.tensor([ids + rows[0][:split]])).logits[0, -1, [row[split] for row in rows]]
+    return logits.softmax(-1)[0].item()
+
+
+def test_choice_needs_probabilities_of_a_server(monkeypatch):
+    server = common.Server("http://localhost:1/v1", "m", None, 1, 1.0, 0)
+    monkeypatch.setattr(server, "probe_form", lambda *form: setattr(server, "mode", "regex"))
+    args = common.JudgeArgs(score_mode="choice")
+    with refused("tells no probabilities, which --score_mode choice needs"):
+        common.settle_score_mode(args, server, {"file": "x"})
+
+
+# ---------------------------------------------------------------------------------------------------
+# stages
+
+
+@pytest.fixture
+def run(call, tmp_path, tiny, judges):
+    """run("good") -> stages 2 to 6 on rows of one's own with that judge: a dict of (code, out, err) by stage."""
+
+    def go(name: str, *options, train=()):
+        run_dir = tmp_path / name
+        responses = [{"text": text, "system": None} for text in ("Yes.", "No, never.", "Ask a doctor.", "Perhaps.")]
+        rows = [{"id": f"p{i}", "prompt": f"Question {i}?", "responses": responses} for i in range(3)]
+        write_rows(run_dir / "01_samples.jsonl", rows)
+        done = {"02": call("02_score", "--run_dir", run_dir, "--model", tiny(), "--scorer", judges(name), *options)}
+        # scores that give pairs, in the place of the scorer's
+        scored = read_rows(run_dir / "02_scores.jsonl")
+        for row in scored:
+            for j, response in enumerate(row["responses"]):
+                response["scores"] = [1 + 2 * j, 2 + j * j % 5]
+            row["refined"] = {"text": "Call a doctor today.", "scores": [9, 9], "truncated": False}
+        write_rows(run_dir / "03_refined.jsonl", scored)
+        earlier = common.made_by(run_dir / "02_scores.jsonl")
+        record = {"stage": "03_refine", "args": {}, "earlier": earlier, "complete": True, "rows": 3}
+        (run_dir / "03_args.json").write_text(json.dumps(record))
+        done["04"] = call("04_denoise", "--run_dir", run_dir, "--rho", 99)
+        done["05"] = call("05_pairs", "--run_dir", run_dir)
+        done["06"] = call("06_train", "--run_dir", run_dir, "--model", tiny(), *train)
+        return done, run_dir
+
+    return go
+
+
+def test_a_fit_judge_is_trained_on_without_a_word(run):
+    done, run_dir = run("good")
+    assert [code for code, _, _ in done.values()] == [0] * 4, [err for _, _, err in done.values()]
+    line = "judge check: Harmlessness 60 of 60 in the right order (100 % [94, 100])"
+    assert line in done["02"][1] and line in done["04"][1] and line in (run_dir / "06_model" / "README.md").read_text()
+    assert "the judge" not in done["02"][2] + done["06"][2]
+    rows = read_rows(run_dir / "02_judge_check.jsonl")
+    assert len(rows) == 120 and set(rows[0]) == {"id", "topic", "objective", "better", "worse"}
+    checked = json.loads((run_dir / "02_args.json").read_text())["checked"]
+    assert checked["helpfulness"]["right"] == 60 and checked["harmlessness"]["topics"]["fraud"]["n"] == 5
+
+
+@pytest.mark.parametrize("name", ["bad", "undecided"])
+def test_nothing_is_trained_on_an_unfit_judge(run, name):
+    done, run_dir = run(name)
+    assert [code for code, _, _ in done.values()] == [0, 0, 0, 2], [err for _, _, err in done.values()]
+    assert "the judge can't tell Harmlessness" in done["02"][2] and "must not be trained on" in done["02"][2]
+    line = done["06"][2].strip().splitlines()[-1]
+    assert line.startswith("06_train.py: error: ") and "trained on" in line and "--accept_unfit_judge" in line
+    assert not (run_dir / "06_model").exists() and not (run_dir / "06_args.json").exists()
+
+
+def test_an_unfit_judge_is_accepted_by_name_and_shown(run):
+    done, run_dir = run("bad", train=("--accept_unfit_judge",))
+    assert done["06"][0] == 0 and "must not be trained on" in done["06"][2], done["06"][2]
+    card = (run_dir / "06_model" / "README.md").read_text()
+    assert "judge check: Harmlessness 0 of 60" in card and "Warning: the judge can't tell Harmlessness" in card
+
+
+def test_a_weak_judge_is_warned_of_twice(run):
+    done, _ = run("weak")
+    for stage in ("02", "06"):
+        assert done[stage][0] == 0 and "the judge is weak at Harmlessness" in done[stage][2], done[stage][2]
+
+
+def test_without_a_check_stage_6_says_so(run):
+    done, run_dir = run("bad", "--no-judge_check")
+    assert "judge check" not in done["02"][1] and not (run_dir / "02_judge_check.jsonl").exists()
+    assert done["06"][0] == 0 and "nobody has checked whether the judge can tell Harmlessness" in done["06"][2]
+
+
+def test_own_objectives_want_own_probes(run, tmp_path, judges):
+    """An objective without probes is said to be unchecked; a file of probes may have some."""
+    path = tmp_path / "constitution.json"
+    path.write_text('{"brevity": "It is short."}')
+    options = ("--constitution", path, "--objectives", "brevity", "helpfulness")
+    done, _ = run("good", *options)
+    assert "judge check: Brevity: no probes" in done["02"][1] and "nobody has checked" in done["02"][2]
+    own = [row | {"objective": "brevity", "id": row["id"] + "b"} for row in read_rows(PROBES)]
+    probes = write_rows(tmp_path / "own.jsonl", own)
+    done, _ = run("undecided", *options, "--judge_probes", probes)
+    assert "judge check: Brevity 0 of 6 in the right order (0 % [0, 39]), 6 ties" in done["02"][1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# eval/judge_check.py
+
+
+def test_the_script_s_files(call, judges, tmp_path, tiny):
+    code, out, err = call(
+        "judge_check", "--scorer", judges("weak"), "--output_dir", tmp_path / "weak", "--split", "all"
+    )
+    assert code == 0, err
+    found = json.loads((tmp_path / "weak" / "judge_check.json").read_text())
+    own = found["objectives"]["harmlessness"]
+    assert (
+        own["n"]
+        == len([p for p in all_probes() if p["objective"] == "harmlessness"])
+        == own["right"] + sum(not right for right in found["right"]["harmlessness"].values())
+    )
+    assert own["right"] == sum(t["right"] for t in own["topics"].values())
+    assert own["better_is_shorter"]["n"] + own["better_is_longer"]["n"] == own["n"]
+    assert own["low"] < own["right"] / own["n"] < own["high"] and own["mean_better"] > own["mean_worse"]
+    for suffix in ("md", "png", "pdf", "jsonl"):
+        assert (tmp_path / "weak" / f"judge_check.{suffix}").stat().st_size > 500
+    code, out, err = call(
+        "judge_check", "--scorer", judges("good"), "--output_dir", tmp_path / "good", "--against", tmp_path / "weak",
+        "--split", "all",
+    )  # fmt: skip
+    assert code == 0 and "only this judge right" in out, err
+    against = json.loads((tmp_path / "good" / "judge_check.json").read_text())["against"]["harmlessness"]
+    assert len(against["only_this_one_right"]) == own["n"] - own["right"] and not against["only_the_other_right"]
+    assert against["p"] < 0.01
+
+
+@pytest.mark.parametrize("options", [("--score_mode", "expected"), ("--score_mode", "choice"), ("--one_at_a_time",)])
+def test_the_script_asks_in_any_way(call, tmp_path, tiny, options):
+    folder = tmp_path / "check"
+    arguments = ("--model", tiny(), "--probes", PROBES, "--output_dir", folder, *options)
+    code, out, err = call("judge_check", *arguments)
+    assert code == 0 and "of 2: " in out, err
+    first = (folder / "judge_check.json").read_bytes()
+    code, out, _ = call("judge_check", *arguments)
+    assert code == 0 and "is complete already" in out and (folder / "judge_check.json").read_bytes() == first
+
+
+def test_another_judge_prompt_from_a_file(call, tmp_path, tiny):
+    template = tmp_path / "prompt.txt"
+    arguments = (
+        "--model",
+        tiny(),
+        "--probes",
+        PROBES,
+        "--output_dir",
+        tmp_path / "check",
+        "--judge_template",
+        template,
+    )
+    for text, words in (("{nothing}", "'nothing' is no field"), ("{fields}", "{response} is not in it")):
+        template.write_text(text)
+        code, _, err = call("judge_check", *arguments)
+        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+    template.write_text("Score {response} on\n{dimensions}\n{fields}")
+    assert call("judge_check", *arguments)[0] == 0
+    other = read_rows(tmp_path / "check" / "judge_check.jsonl")
+    assert call("judge_check", *arguments[:-2], "--overwrite")[0] == 0
+    assert read_rows(tmp_path / "check" / "judge_check.jsonl") != other
+
+
+def test_few_shot_examples_are_of_the_train_split():
+    recipe = importlib.import_module("weak_judge")
+    text = recipe.few_shot_template(["harmlessness", "helpfulness"])
+    shown = [p for p in all_probes() if any(p[side] in text for side in ("better", "worse"))]
+    assert len(shown) == 4 and {p["split"] for p in shown} == {"train"}
+    filled = common.judge_prompt(OBJECTIVES, "PROMPT", "RESPONSE", True, text)
+    assert filled.endswith("### Instruction:\nPROMPT\n\n### Response:\nRESPONSE") and math.isclose(filled.count("{"), 5)
