@@ -39,6 +39,7 @@ RATE=${RATE:-1e-6}          # Table 5: 5e-7, 1e-6, 5e-6 or 1e-5
 EPOCHS=${EPOCHS:-1}         # not in the paper
 BATCH=${BATCH:-16}          # prompts per optimizer step; not in the paper
 DENOISE=${DENOISE:-}        # w/o NF: --no-consistency --no-informativeness
+JUDGE=${JUDGE:-}            # --accept_unfit_judge: train although the judge check of stage 2 says not to
 GENERATE=${GENERATE:---config_file configs/ddp.yaml} # 8 GPUs, the model on each
 LAUNCH=${LAUNCH:---config_file configs/fsdp.yaml}    # 8 GPUs, one model over all
 
@@ -50,4 +51,4 @@ python 04_denoise.py --run_dir "$RUN" --rho "$RHO" $DENOISE
 python 05_pairs.py --run_dir "$RUN" --delta "$DELTA"
 accelerate launch $LAUNCH 06_train.py --run_dir "$RUN" --loss spa --alpha "$ALPHA" --beta "$BETA" \
   --gamma_beta_ratio "$GAMMA_RATIO" --learning_rate "$RATE" --epochs "$EPOCHS" --batch_size "$BATCH" \
-  --gradient_checkpointing
+  --gradient_checkpointing $JUDGE

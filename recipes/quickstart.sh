@@ -13,7 +13,8 @@ N=${N:-3}                           # paper: 3 or 5
 TEMPERATURE=${TEMPERATURE:-0.7}     # at 1 a model this small rambles; paper: 1
 TOKENS=${TOKENS:-64}                # longest answer; paper: 2048
 OBJECTIVES=${OBJECTIVES:-harmlessness helpfulness}
-SCORES=${SCORES:-expected}          # integers tie in a model this small; paper: integers
+SCORES=${SCORES:-choice}            # Yes or No, the least bad of nine ways with this model; paper: integers
+JUDGE=${JUDGE---accept_unfit_judge} # its judge check fails in each of them; with a judge that passes: JUDGE=
 ATTEMPTS=${ATTEMPTS:-4}             # refinements per prompt, the best stays; paper: 1
 DENOISE=${DENOISE:-}                # w/o NF: --no-consistency --no-informativeness
 DELTA=${DELTA:-0.3}                 # expected scores lie close together; paper: 2 to 4
@@ -26,19 +27,26 @@ SAMPLING="--n $N --max_new_tokens $TOKENS --temperature $TEMPERATURE --batch_siz
 REFINING="--attempts $ATTEMPTS --max_new_tokens $TOKENS --temperature $TEMPERATURE --batch_size $BATCH"
 SCORING="--objectives $OBJECTIVES --score_mode $SCORES"
 
+# Can this model judge at all? First asked as in the paper; stage 2 checks the way of asking that is used here.
+python eval/judge_check.py --model "$MODEL" --objectives $OBJECTIVES --output_dir "$RUN/judge_paper"
+
 python 01_sample.py --run_dir "$RUN" --model "$MODEL" --num_prompts "$PROMPTS" $SAMPLING
 python 02_score.py --run_dir "$RUN" $SCORING
 python 03_refine.py --run_dir "$RUN" $REFINING
 python 04_denoise.py --run_dir "$RUN" $DENOISE
 python 05_pairs.py --run_dir "$RUN" --delta "$DELTA"
-python 06_train.py --run_dir "$RUN" --learning_rate "$RATE" --epochs "$EPOCHS" --batch_size 4 --tokens_per_batch 1024
+python 06_train.py --run_dir "$RUN" --learning_rate "$RATE" --epochs "$EPOCHS" --batch_size 4 \
+  --tokens_per_batch 1024 $JUDGE
 
 # Held-out prompts: the base model's sampled and refined answers, then the trained model's, one judge for all.
 TEST="--split test --num_prompts $TEST_PROMPTS $SAMPLING"
 python 01_sample.py --run_dir "$RUN/test_base" --model "$MODEL" $TEST
-python 02_score.py --run_dir "$RUN/test_base" $SCORING
+python 02_score.py --run_dir "$RUN/test_base" $SCORING --no-judge_check
 python 03_refine.py --run_dir "$RUN/test_base" $REFINING
 python 01_sample.py --run_dir "$RUN/test_trained" --model "$RUN/06_model" $TEST
-python 02_score.py --run_dir "$RUN/test_trained" --judge_model "$MODEL" $SCORING
+python 02_score.py --run_dir "$RUN/test_trained" --judge_model "$MODEL" $SCORING --no-judge_check
 python eval/judge_table.py --runs "base=$RUN/test_base" "refined=$RUN/test_base+refined" "trained=$RUN/test_trained" \
   --output_dir "$RUN/eval"
+
+# Has training on its own scores made it a better judge, or a worse one?
+python eval/judge_check.py --model "$RUN/06_model" $SCORING --output_dir "$RUN/judge_trained" --against "$RUN"

@@ -132,7 +132,15 @@ def test_a_wrong_word_is_answered_with_the_right_ones(calls, words):
 def test_the_paper_s_recipe_on_a_tiny_model(tiny, tmp_path):
     one = "--config_file configs/cpu.yaml"
     env = {"RUN": tmp_path / "run", "MODEL": tiny(), "PROMPTS": "data/high_stakes.jsonl", "NUM_PROMPTS": 4, "N": 3}
-    env |= {"TOKENS": 8, "SCORES": "expected", "DELTA": 1e-4, "RATE": 1e-3, "GENERATE": one, "LAUNCH": one}
+    env |= {
+        "TOKENS": 8,
+        "SCORES": "expected",
+        "DELTA": 1e-4,
+        "RATE": 1e-3,
+        "GENERATE": one,
+        "LAUNCH": one,
+        "JUDGE": "--accept_unfit_judge",
+    }
     env["DENOISE"] = "--no-consistency --no-informativeness"
     done = bash(ROOT / "recipes" / "paper.sh", "llama", "saferlhf", env=env)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
@@ -157,13 +165,17 @@ def test_the_quickstart_s_calls(calls):
     assert [stage for stage, _ in stages] == names
     model, run = "models/smollm2-135m", "runs/quickstart"
     assert {a.objectives and tuple(a.objectives) for s, a in stages if s == "02_score"} == {tuple(HARMLESS)}
-    assert {args.score_mode for stage, args in stages if stage == "02_score"} == {"expected"}
+    assert {args.score_mode for stage, args in stages if stage == "02_score"} == {"choice"}
+    assert [args.judge_check for stage, args in stages if stage == "02_score"] == [True, False, False], "once"
     sampled = [(a.model, a.run_dir, a.split, a.n) for stage, a in stages if stage == "01_sample"]
     assert sampled[0] == (model, run, None, 3), "the training prompts"
     assert sampled[1] == (model, f"{run}/test_base", "test", 3)
     assert sampled[2] == (f"{run}/06_model", f"{run}/test_trained", "test", 3)
     assert stages[-1][1].judge_model == model, "one judge for both"
-    assert made[-1][:2] == ["python", "eval/judge_table.py"]
+    assert [args.accept_unfit_judge for stage, args in stages if stage == "06_train"] == [True]
+    scripts = [call[1] for call in made if call[1].startswith("eval/")]
+    assert scripts == ["eval/judge_check.py", "eval/judge_table.py", "eval/judge_check.py"]
+    assert made[-1][made[-1].index("--model") + 1] == f"{run}/06_model", "the trained model as a judge"
 
 
 def test_the_evaluation_s_calls(calls, tmp_path):
