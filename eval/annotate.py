@@ -1,10 +1,9 @@
 """Blind pairwise annotation by people, and their agreement with each other and the judge (Figure 8, Table 6).
 
-With --runs it builds one HTML page that shows two systems' answers to the same prompts, sides shuffled, and
-asks which is better on each of the objectives. The page needs no server and no network, runs no markup of
-a model, keeps its progress in the browser and does not name the systems (what an answer says of its own maker
-stays). Each annotator sends back the JSON file that its Export button saves. With --exports it computes the
-agreement from those files.
+With --runs it builds one HTML page (from eval/pages/annotate.html) that shows two systems' answers to the same prompts,
+sides shuffled, and asks which is better on each of the objectives. The page needs no server and no network, runs no
+markup of a model, keeps its progress in the browser and does not name the systems (what an answer says of its own maker
+stays). Each annotator sends back the JSON file that its Export button saves. With --exports it computes the agreement.
 
     reads   two scored run directories (01_sample.py --temperature 0 --n 1, then 02_score.py); the first
             response to each prompt that both have
@@ -23,14 +22,15 @@ majority is what more than half of an item's annotators chose, else a tie. Inter
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import shared
 
 import common
@@ -55,403 +55,6 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------
 # The page.
 
-# Its policy allows no host, not even its own folder, and only this style and script. A download link to a
-# blob and reading a chosen file are no fetches, so both still work.
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="@POLICY@">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<title>Which answer is better?</title>
-<style>@STYLE@</style>
-</head>
-<body>
-<noscript><p class="alert">This page needs JavaScript, which is switched off in this browser.</p></noscript>
-<header>
-  <h1>Which answer is better?</h1>
-  <div class="progress">
-    <progress id="bar" aria-labelledby="count"></progress>
-    <span id="count"></span>
-  </div>
-  <div class="tools">
-    <label for="name">Your name</label>
-    <input id="name" autocomplete="off" spellcheck="false" maxlength="80">
-    <button id="export" type="button" aria-keyshortcuts="e">Export</button>
-    <button id="import" type="button">Import</button>
-    <button id="restart" type="button">Start over</button>
-    <input id="file" type="file" accept=".json,application/json" aria-label="An earlier export" hidden>
-  </div>
-</header>
-<p id="warning" class="alert" role="alert" hidden></p>
-<main>
-  <h2 id="place" tabindex="-1"></h2>
-  <section class="card" aria-labelledby="prompt-title">
-    <h3 id="prompt-title">Prompt</h3>
-    <div id="prompt" class="text" dir="auto"></div>
-  </section>
-  <div class="answers">
-    <section class="card left" aria-labelledby="left-title">
-      <h3 id="left-title">Left answer</h3>
-      <div id="left" class="text" dir="auto"></div>
-    </section>
-    <section class="card right" aria-labelledby="right-title">
-      <h3 id="right-title">Right answer</h3>
-      <div id="right" class="text" dir="auto"></div>
-    </section>
-  </div>
-  <div class="panel">
-    <div id="dimensions"></div>
-    <div class="moves">
-      <button id="previous" type="button" aria-keyshortcuts="p ArrowLeft">Previous</button>
-      <button id="undo" type="button" aria-keyshortcuts="u">Undo</button>
-      <button id="next" type="button" aria-keyshortcuts="n ArrowRight">Next</button>
-      <p id="status" role="status"></p>
-    </div>
-    <p class="help">
-      <span><kbd>1</kbd> left, <kbd>2</kbd> tie, <kbd>3</kbd> right on the marked question</span>
-      <span><kbd>c</kbd> clear it</span> <span><kbd>u</kbd> undo</span>
-      <span><kbd>n</kbd> or <kbd>→</kbd> next</span> <span><kbd>p</kbd> or <kbd>←</kbd> previous</span>
-      <span><kbd>e</kbd> export</span>
-    </p>
-  </div>
-</main>
-<script id="data" type="application/json">@DATA@</script>
-<script>@SCRIPT@</script>
-</body>
-</html>
-"""
-
-STYLE = """
-:root {
-  --page: #f3f5f7; --card: #ffffff; --ink: #1b1f24; --soft: #57606a; --line: #cfd6dd;
-  --left: #0068a6; --right: #b04a00; --tie: #57606a; --on: #ffffff; --mark: #eaf3fa; --focus: #111111;
-  --alert: #fff1c2;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171a; --card: #1e2226; --ink: #e6e9ec; --soft: #a3adb7; --line: #3b434b;
-    --left: #6cc0f2; --right: #f5a85c; --tie: #b3bcc5; --on: #14171a; --mark: #25303a; --focus: #ffffff;
-    --alert: #4a3b00;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 0 1rem; max-width: 84rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.55 system-ui, sans-serif;
-}
-h1, h2, h3, p { margin: 0; }
-h1 { font-size: 1.15rem; }
-h2 { font-size: 1.15rem; margin: .25rem 0 .75rem; width: fit-content; }
-h3 { font-size: .8rem; color: var(--soft); text-transform: uppercase; letter-spacing: .05em; }
-header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1.5rem; padding: .75rem 0; }
-.progress { display: flex; align-items: center; gap: .6rem; flex: 1 1 14rem; min-width: 0; }
-.progress span { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums; }
-progress { flex: 1; min-width: 4rem; height: .6rem; accent-color: var(--left); }
-.tools { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem; }
-.card.left { border-top: .25rem solid var(--left); }
-.card.right { border-top: .25rem solid var(--right); }
-.answers { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; margin: .75rem 0; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; margin-top: .25rem; }
-.text:empty::before { content: "(no text)"; color: var(--soft); font-style: italic; }
-.panel {
-  background: var(--page); border-top: 1px solid var(--line); padding: .75rem 0; display: grid; gap: .6rem;
-}
-#dimensions { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
-.dimension {
-  background: var(--card); border: 2px solid var(--line); border-radius: .5rem; padding: .6rem .9rem;
-  display: flex; flex-direction: column;
-}
-.dimension[aria-current] { border-color: var(--left); background: var(--mark); }
-.dimension .definition { font-size: .85rem; line-height: 1.4; color: var(--soft); }
-.dimension .name { font-weight: 600; overflow-wrap: anywhere; }
-.choices {
-  display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .5rem;
-  margin-top: auto; padding-top: .5rem;
-}
-button, input {
-  font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: .4rem;
-  min-height: 2.5rem; padding: .3rem .8rem;
-}
-button { cursor: pointer; }
-button:hover { border-color: var(--ink); }
-input { width: 11rem; max-width: 100%; }
-:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
-h2:focus-visible { outline-offset: 4px; border-radius: .2rem; }
-.choices button { border-width: 2px; font-weight: 600; padding: .3rem 0; }
-.choices .left { border-color: var(--left); }
-.choices .tie { border-color: var(--tie); }
-.choices .right { border-color: var(--right); }
-.choices [aria-pressed="true"] { color: var(--on); }
-.choices [aria-pressed="true"]::before { content: "✓ "; }
-.choices .left[aria-pressed="true"] { background: var(--left); }
-.choices .tie[aria-pressed="true"] { background: var(--tie); }
-.choices .right[aria-pressed="true"] { background: var(--right); }
-.ready { background: var(--left); border-color: var(--left); color: var(--on); font-weight: 600; }
-.moves { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
-#status { flex: 1 1 16rem; min-height: 1.55em; overflow-wrap: anywhere; }
-.help { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; color: var(--soft); }
-kbd {
-  font: inherit; font-size: .8rem; border: 1px solid var(--line); border-radius: .25rem; padding: 0 .3rem;
-  background: var(--card);
-}
-.alert { background: var(--alert); border-radius: .4rem; padding: .5rem .8rem; margin-bottom: .75rem; }
-@media (min-width: 48rem) {
-  .answers, #dimensions { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-}
-@media (min-width: 48rem) and (min-height: 44rem) {
-  .panel { position: sticky; bottom: 0; }
-}
-@media (pointer: coarse) {
-  button, input { min-height: 2.75rem; }
-  .help { display: none; }
-}
-"""
-
-SCRIPT = r"""
-"use strict";
-// Text of prompts, models and people goes to the page through textContent only.
-const STUDY = JSON.parse(document.getElementById("data").textContent);
-const ITEMS = STUDY.items, NAMES = STUDY.dimensions.map((dimension) => dimension.name);
-const KEY = "spa-annotate-" + STUDY.study; // of these prompts, answers and sides: studies don't mix
-const SIDES = ["left", "tie", "right"];
-const $ = (id) => document.getElementById(id);
-
-// ---- State: what was chosen, where we are, and what to undo. Kept in the browser after each change.
-let answers = new Map(); // "item/dimension" as indices -> side
-let undo = []; // [item, dimension, side before or null], the latest last
-let at = 0, marked = 0; // the item shown, its dimension that the keys answer
-let kept = true, exported = true; // does the browser keep it; does a file have it
-
-const sideOf = (item, dimension) => answers.get(item + "/" + dimension) ?? null;
-const openIn = (item) => NAMES.findIndex((_, dimension) => sideOf(item, dimension) === null);
-const total = () => ITEMS.length * NAMES.length;
-const shorten = (text, most) => text.length > most ? text.slice(0, most - 1) + "…" : text;
-
-function setSide(item, dimension, side) {
-  if (side === null) answers.delete(item + "/" + dimension);
-  else answers.set(item + "/" + dimension, side);
-}
-
-function toExport() {
-  const list = [];
-  ITEMS.forEach((item, i) => NAMES.forEach((name, d) => {
-    if (sideOf(i, d) !== null) list.push({ item: item.item, dimension: name, choice: sideOf(i, d) });
-  }));
-  return { study: STUDY.study, annotator: $("name").value.trim(), answers: list };
-}
-
-function readExport(given) {
-  if (!given?.study || !Array.isArray(given.answers)) throw Error("it is no export of this page");
-  if (given.study !== STUDY.study) throw Error("it belongs to another study");
-  const found = new Map();
-  for (const answer of given.answers) {
-    const item = ITEMS.findIndex((known) => known.item === answer?.item);
-    const dimension = NAMES.indexOf(answer?.dimension);
-    const known = item >= 0 && dimension >= 0 && SIDES.includes(answer.choice);
-    if (!known || found.has(item + "/" + dimension)) throw Error("an answer in it does not fit this page");
-    found.set(item + "/" + dimension, answer.choice);
-  }
-  return [found, typeof given.annotator === "string" ? given.annotator : ""];
-}
-
-function save() {
-  try {
-    localStorage.setItem(KEY, JSON.stringify({ ...toExport(), at, undo }));
-    kept = true;
-  } catch {
-    kept = false;
-  }
-  $("warning").textContent = "This browser does not keep your progress: export before you close this page, "
-    + "and import that file to go on.";
-  $("warning").hidden = kept;
-}
-
-function load() {
-  let stored = null;
-  try {
-    stored = JSON.parse(localStorage.getItem(KEY));
-    if (stored === null) return;
-    [answers, $("name").value] = readExport(stored);
-  } catch {
-    return; // unreadable: start with nothing; save() says it if nothing can be kept at all
-  }
-  [at, undo] = [stored.at ?? 0, stored.undo ?? []];
-}
-
-// ---- What is seen. The elements are made once; only their text and marks change, so focus stays.
-function make(tag, className, text) {
-  const element = document.createElement(tag);
-  element.className = className;
-  element.textContent = text;
-  return element;
-}
-
-STUDY.dimensions.forEach(({ name, definition }, d) => {
-  const group = make("div", "dimension", ""), title = make("p", "name", name);
-  const text = make("p", "definition", definition), choices = make("div", "choices", "");
-  group.setAttribute("role", "group");
-  group.setAttribute("aria-labelledby", title.id = "dimension-" + d);
-  if (definition) group.setAttribute("aria-describedby", text.id = "definition-" + d);
-  SIDES.forEach((side, i) => {
-    const button = make("button", side, ["Left", "Tie", "Right"][i]);
-    button.type = "button";
-    button.setAttribute("aria-label", name + ": " + ["Left is better", "Tie", "Right is better"][i]);
-    button.addEventListener("click", () => choose(d, side));
-    choices.append(button);
-  });
-  group.addEventListener("focusin", () => mark(d));
-  group.append(title, ...(definition ? [text] : []), choices);
-  $("dimensions").append(group);
-});
-
-function mark(dimension) {
-  marked = dimension;
-  [...$("dimensions").children].forEach((group, d) => {
-    if (d === marked) group.setAttribute("aria-current", "true");
-    else group.removeAttribute("aria-current");
-  });
-}
-
-function show() {
-  const item = ITEMS[at];
-  $("place").textContent = `Item ${at + 1} of ${ITEMS.length}`;
-  for (const part of ["prompt", "left", "right"]) $(part).textContent = item[part];
-  [...$("dimensions").children].forEach((group, d) => group.querySelectorAll("button").forEach((button, i) =>
-    button.setAttribute("aria-pressed", String(sideOf(at, d) === SIDES[i]))));
-  mark(marked);
-  $("bar").max = total();
-  $("bar").value = answers.size;
-  $("count").textContent = `${answers.size} of ${total()} answered`;
-  $("export").classList.toggle("ready", answers.size === total());
-}
-
-const say = (text) => { $("status").textContent = text; };
-
-// ---- What can be done.
-function go(item, dimension = Math.max(0, openIn(item))) {
-  const moved = item !== at, inChoices = $("dimensions").contains(document.activeElement);
-  at = item;
-  marked = dimension;
-  show();
-  save();
-  if (moved) scrollTo(0, 0);
-  // a person on the buttons goes on at the next question, or at the top of the next item
-  if (inChoices && moved) $("place").focus();
-  else if (inChoices) $("dimensions").children[marked].querySelector("button").focus();
-}
-
-function step(by) {
-  if (!(at + by in ITEMS)) return say(by < 0 ? "This is the first item." : "This is the last item.");
-  say("");
-  go(at + by);
-}
-
-function choose(dimension, side) {
-  const wasOpen = openIn(at) >= 0, before = sideOf(at, dimension);
-  if (side !== before) undo = [...undo, [at, dimension, before]].slice(-500);
-  setSide(at, dimension, side);
-  exported = false;
-  say(`Item ${at + 1}, ${NAMES[dimension]}: ${side ?? "cleared"}`);
-  if (side === null) return go(at, dimension);
-  const open = openIn(at);
-  if (open >= 0) return go(at, open);
-  if (!wasOpen && dimension + 1 < NAMES.length) return go(at, dimension + 1); // it was done before: in order
-  if (!wasOpen) return go(Math.min(at + 1, ITEMS.length - 1));
-  // this item is done: on to the next one that is not, after this one or else from the start
-  const order = ITEMS.map((_, i) => (at + 1 + i) % ITEMS.length), next = order.find((i) => openIn(i) >= 0);
-  if (next !== undefined) return go(next);
-  go(at);
-  say(`All ${total()} questions are answered. Export them now, key e.`);
-}
-
-function undoLast() {
-  if (!undo.length) return say("Nothing to undo.");
-  const [item, dimension, before] = undo.pop();
-  setSide(item, dimension, before);
-  exported = false;
-  say(`Undone: item ${item + 1}, ${NAMES[dimension]}`);
-  go(item, dimension);
-}
-
-function exportFile() {
-  const content = toExport();
-  if (!content.annotator) {
-    $("name").focus();
-    return say("Your name first, please; then export.");
-  }
-  const link = document.createElement("a");
-  const text = JSON.stringify(content, null, 1) + "\n";
-  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  link.download = "annotate_" + content.annotator.replace(/[^\p{L}\p{N}_-]+/gu, "_") + ".json";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  exported = true;
-  const open = total() - answers.size;
-  say(`Saved ${link.download}: ${answers.size} answers` + (open ? `, ${open} still open.` : ", complete."));
-}
-
-async function importFile() {
-  const file = $("file").files[0];
-  if (!file) return;
-  let found, annotator;
-  try {
-    [found, annotator] = readExport(JSON.parse(await file.text()));
-  } catch (error) {
-    const reason = error instanceof SyntaxError ? "it is no JSON file" : error.message;
-    return say(`${shorten(file.name, 60)} was not read: ${reason}.`);
-  } finally {
-    $("file").value = ""; // so that the same file can be chosen again
-  }
-  const question = `Replace the ${answers.size} answers here by the ${found.size} of the file?`;
-  if (answers.size && !confirm(question)) return;
-  [answers, $("name").value, undo, exported] = [found, annotator, [], true];
-  go(Math.max(0, ITEMS.findIndex((_, i) => openIn(i) >= 0)));
-  say(`Read ${found.size} answers.`);
-}
-
-function restart() {
-  const question = `Remove the name and all ${answers.size} answers from this browser? Export them first.`;
-  if (!confirm(question)) return;
-  [answers, $("name").value, undo, exported] = [new Map(), "", [], true];
-  go(0);
-  say("Started over.");
-}
-
-// ---- Keys, buttons, and the browser itself.
-const ACTIONS = new Map([
-  ...SIDES.map((side, i) => [String(i + 1), () => choose(marked, side)]),
-  ["n", () => step(1)], ["arrowright", () => step(1)], ["p", () => step(-1)], ["arrowleft", () => step(-1)],
-  ["u", undoLast], ["c", () => choose(marked, null)], ["e", exportFile],
-]);
-document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
-  if (event.target === $("name")) {
-    if (["Enter", "Escape"].includes(event.key)) $("name").blur(); // the other keys are letters of the name
-    return;
-  }
-  const act = ACTIONS.get(String(event.key).toLowerCase());
-  if (act) { event.preventDefault(); act(); }
-});
-for (const [id, act] of [["previous", () => step(-1)], ["next", () => step(1)], ["undo", undoLast],
-  ["export", exportFile], ["import", () => $("file").click()], ["restart", restart]]) {
-  $(id).addEventListener("click", act);
-}
-$("file").addEventListener("change", importFile);
-$("name").addEventListener("input", save);
-addEventListener("storage", (event) => { // another tab with this study went on
-  if (event.key === KEY && event.newValue) { const here = at; load(); at = here; show(); }
-});
-addEventListener("beforeunload", (event) => { if (!kept && !exported) event.preventDefault(); });
-
-load();
-go(at);
-"""
-
 
 def build_study(runs: list[shared.Run], num_prompts: int, seed: int) -> tuple[dict, dict]:
     """(what the page shows, what its key holds) of the first answers to `num_prompts` of the shared prompts.
@@ -462,9 +65,8 @@ def build_study(runs: list[shared.Run], num_prompts: int, seed: int) -> tuple[di
     rows = [{row["id"]: row for row in run.rows} for run in runs]
     ids = shared.shared_ids(*runs)
     check(bool(ids), f"{runs[0].path} and {runs[1].path} have no prompt in common")
-    drawn = sorted(ids, key=lambda id: common.derive_seed(seed, "draw", id))[:num_prompts]
     items, keys = [], []
-    for id in drawn:
+    for id in sorted(ids, key=lambda id: common.derive_seed(seed, "draw", id))[:num_prompts]:
         item = f"{common.derive_seed(seed, 'item', id):016x}"  # the id itself may say too much
         left = common.derive_seed(seed, "side", id) % 2
         answers = [of[id]["responses"][0] for of in rows]
@@ -480,18 +82,6 @@ def build_study(runs: list[shared.Run], num_prompts: int, seed: int) -> tuple[di
     return {"study": study} | data, key | {"judge": runs[0].judge, "items": keys}
 
 
-def build_page(data: dict) -> str:
-    """The page. Only its own style and script run, by their hashes; no text can end the data's element."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (STYLE, SCRIPT)]
-    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; "
-    policy += f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
-    text = json.dumps(data)  # ASCII, so U+2028 and its like are escapes already
-    for character in "<>&":  # ends an element, a comment or an entity
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    page = PAGE.replace("@POLICY@", policy).replace("@STYLE@", STYLE).replace("@SCRIPT@", SCRIPT)
-    return page.replace("@DATA@", text)  # last: what prompts and models wrote is not filled in again
-
-
 def build(args: Args) -> None:
     """Writes the page and its key, and says what to do with them."""
     common.check_at_least(args, 1, "num_prompts")
@@ -501,13 +91,12 @@ def build(args: Args) -> None:
     check(names[0] != names[1], f"--runs: both are named '{names[0]}'; give each a NAME=DIR of its own")
     data, key = build_study(runs, args.num_prompts, args.seed)
 
-    page_file = shared.output_path(args.output_dir, "annotate.html")
-    key_file = shared.output_path(args.output_dir, "annotate_key.json")
+    page_file, key_file = (shared.output_path(args.output_dir, name) for name in ("annotate.html", "annotate_key.json"))
     if key_file.exists() and not args.overwrite:
         lost = f"{key_file} is of another study, whose exports need it; another --output_dir, or --overwrite"
         check(read_key(key_file)["study"] == key["study"], lost)
     shared.write_text(key_file, json.dumps(key, ensure_ascii=False, indent=1))
-    shared.write_text(page_file, build_page(data))
+    shared.write_text(page_file, shared.render_page("annotate.html", data=data))
 
     items = key["items"]
     print(f"study {key['study']}: {names[0]} against {names[1]} on {' and '.join(key['dimensions'])}")
@@ -574,9 +163,7 @@ def judge_choices(key: dict, tie: float) -> dict[tuple[str, str], str]:
     found = {}
     for item in key["items"]:
         scores = [item["scores"][name] for name in key["systems"]]
-        if None in scores:
-            continue
-        for dimension, a, b in zip(key["dimensions"], *scores, strict=True):
+        for dimension, a, b in zip(key["dimensions"], *scores, strict=True) if None not in scores else ():
             found[dimension, item["item"]] = "tie" if abs(a - b) <= tie else "A" if a > b else "B"
     return found
 
@@ -586,39 +173,25 @@ def judge_choices(key: dict, tie: float) -> dict[tuple[str, str], str]:
 
 
 def cohen_kappa(a: list, b: list) -> float:
-    """κ = (p_o − p_e) / (1 − p_e) of two raters of the same items (Cohen 1960, nominal categories).
+    """Cohen's κ of two raters of the same items, nominal; NaN where both know one category alone, or nothing is."""
+    from sklearn.metrics import cohen_kappa_score
 
-    p_o: share of equal ratings; p_e = Σ_k p_a(k) p_b(k), each rater's own shares of category k. NaN where
-    p_e is 1 (both know one category only) or nothing was rated.
+    return float(cohen_kappa_score(a, b)) if len({*a, *b}) > 1 else math.nan
+
+
+def fleiss_kappa(counts) -> tuple[np.ndarray, float]:
+    """(share of the pairs of raters that agree, an item; κ = (P̄ − P_e) / (1 − P_e)) of as many raters an item.
+
+    counts: (N, K), how many of an item's raters chose category k. P̄: mean of the shares; P_e = Σ_k p_k², p_k the
+    share of all ratings in category k (with two raters this is Scott's π, not Cohen's κ). NaN where P_e is 1.
     """
-    if not a:
-        return float("nan")
-    counts_a, counts_b = Counter(a), Counter(b)
-    observed = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
-    expected = sum(counts_a[k] * counts_b[k] for k in counts_a) / len(a) ** 2
-    return (observed - expected) / (1 - expected) if expected < 1 else float("nan")
-
-
-def item_agreement(counts) -> np.ndarray:
-    """Share of the pairs of raters that agree, an item. counts: (N, K), how many chose category k -> (N,)."""
+    if not len(counts):
+        return np.empty(0), math.nan
     counts = np.asarray(counts, dtype=float)
     raters = counts.sum(axis=1)
-    return (counts * (counts - 1)).sum(axis=1) / (raters * (raters - 1))
-
-
-def fleiss_kappa(counts) -> float:
-    """κ = (P̄ − P_e) / (1 − P_e) of the same number of raters an item, nominal categories.
-
-    counts: (N, K), how many of an item's raters chose category k. P̄: mean over items of the share of rater
-    pairs that agree; P_e = Σ_k p_k², p_k the share of all ratings in category k (with two raters this is
-    Scott's π, not Cohen's κ). NaN where P_e is 1 or there are no items.
-    """
-    counts = np.asarray(counts, dtype=float)
-    if not len(counts):
-        return float("nan")
+    equal = (counts * (counts - 1)).sum(axis=1) / (raters * (raters - 1))
     expected = float(((counts.sum(axis=0) / counts.sum()) ** 2).sum())
-    observed = float(item_agreement(counts).mean())
-    return (observed - expected) / (1 - expected) if expected < 1 else float("nan")
+    return equal, float((equal.mean() - expected) / (1 - expected)) if expected < 1 else math.nan
 
 
 def majority(choices: list[str]) -> str:
@@ -627,93 +200,69 @@ def majority(choices: list[str]) -> str:
     return choice if 2 * count > len(choices) else "tie"
 
 
-def choice_row(dimension: str, who: str, chosen: list[str]) -> dict:
-    """How often each system won."""
-    counts = Counter(chosen)
-    row = {"table": "choices", "dimension": dimension, "who": who, "items": len(chosen)}
-    return row | {choice: counts[choice] for choice in CHOICES}
-
-
-def agreement_row(table: str, dimension: str, who: str, equal, kappa: float, kind: str, seed: int) -> dict:
-    """Raw agreement with its interval, and κ. equal: (N,), the share of agreeing pairs an item."""
-    low, high = shared.bootstrap_interval(equal, seed=seed)
-    mean = float(np.mean(equal)) if len(equal) else float("nan")
-    row = {"table": table, "dimension": dimension, "who": who, "items": len(equal)}
-    return row | {"agreement": mean, "low": low, "high": high, "kappa": kappa, "kappa_of": kind}
-
-
-def agreement_rows(people: dict[str, dict], judge: dict, dimensions: list[str], seed: int) -> list[dict]:
+def agreement_rows(people: dict[str, dict], judge: dict, key: dict, seed: int) -> list[dict]:
     """The rows of the three tables. people: annotator -> {(dimension, item): choice}; judge: the same."""
     rows = []
-    for dimension in dimensions:
-        on_this = [
-            {item: choice for (of, item), choice in answers.items() if of == dimension}
-            for answers in (*people.values(), judge)
+    for dimension in key["dimensions"]:
+        *chosen, (_, scored) = [
+            (name, pd.Series({item: choice for (of, item), choice in answers.items() if of == dimension}, dtype=object))
+            for name, answers in [*people.items(), ("judge", judge)]
         ]
-        chosen, machine = on_this[:-1], on_this[-1]
-        everyone = {item: [c[item] for c in chosen if item in c] for choices in chosen for item in choices}
-        compared = list(zip(people, chosen, strict=True))
-        rows += [choice_row(dimension, name, list(choices.values())) for name, choices in compared]
+        # an item a row, an annotator a column; what was not answered is missing
+        table = pd.DataFrame(dict(chosen), index=list(dict.fromkeys(item for _, of in chosen for item in of.index)))
+        everyone = [("all annotators", pd.concat([of for _, of in chosen]))] if len(people) > 1 else []
+        for who, choices in [*chosen, *everyone, ("judge", scored)]:
+            counts = {choice: int((choices == choice).sum()) for choice in CHOICES}
+            rows.append({"table": "choices", "dimension": dimension, "who": who, "items": len(choices)} | counts)
+
+        agreements = []
         if len(people) > 1:
-            every = [choice for choices in chosen for choice in choices.values()]
-            rows.append(choice_row(dimension, "all annotators", every))
-        rows.append(choice_row(dimension, "judge", list(machine.values())))
-        if len(people) > 1:
-            full = [choices for choices in everyone.values() if len(choices) == len(people)]
-            counts = [[choices.count(choice) for choice in CHOICES] for choices in full]
-            equal = item_agreement(counts) if full else []
+            full, some = table.dropna(), table.dropna(how="all")
+            equal, kappa = fleiss_kappa([[list(of).count(choice) for choice in CHOICES] for of in full.to_numpy()])
             if len(people) == 2:
-                kappa = cohen_kappa([choices[0] for choices in full], [choices[1] for choices in full])
-                who, kind = " and ".join(people), "Cohen"
+                agreements.append(("annotators", " and ".join(people), equal, cohen_kappa(*full.to_numpy().T), "Cohen"))
             else:
-                kappa, who, kind = fleiss_kappa(counts), f"{len(people)} annotators", "Fleiss"
-            rows.append(agreement_row("annotators", dimension, who, equal, kappa, kind, seed))
-            compared.append(("majority", {item: majority(choices) for item, choices in everyone.items()}))
-        for name, choices in compared:
-            both = [item for item in choices if item in machine]
-            a, b = [choices[item] for item in both], [machine[item] for item in both]
+                agreements.append(("annotators", f"{len(people)} annotators", equal, kappa, "Fleiss"))
+            most = [majority([choice for choice in of if isinstance(choice, str)]) for of in some.to_numpy()]
+            chosen.append(("majority", pd.Series(most, some.index)))
+        for who, choices in chosen:
+            both = [item for item in choices.index if item in scored.index]
+            a, b = choices[both].tolist(), scored[both].tolist()
             equal = [float(x == y) for x, y in zip(a, b, strict=True)]
-            rows.append(agreement_row("judge", dimension, name, equal, cohen_kappa(a, b), "Cohen", seed))
+            agreements.append(("judge", who, equal, cohen_kappa(a, b), "Cohen"))
+        for name, who, equal, kappa, kind in agreements:
+            row = {"table": name, "dimension": dimension, "who": who, "items": len(equal)}
+            mean, low, high = shared.estimate(equal, seed=seed).values()
+            rows.append(row | {"agreement": mean, "low": low, "high": high, "kappa": kappa, "kappa_of": kind})
     return rows
-
-
-def percent(row: dict) -> str:
-    """Raw agreement in percent with its interval."""
-    if np.isnan(row["low"]):
-        return shared.round_half_up(100 * row["agreement"], 1)  # fewer than two items
-    mean, low, high = (shared.round_half_up(100 * row[name], 1) for name in ("agreement", "low", "high"))
-    return f"{mean} [{low}, {high}]"
 
 
 def report(rows: list[dict], key: dict, people: dict[str, dict]) -> str:
     """The tables in Markdown."""
-    wanted = len(key["items"]) * len(key["dimensions"])
+    wanted, (system_a, system_b) = len(key["items"]) * len(key["dimensions"]), key["systems"]
     given = ", ".join(f"{name} ({len(answers)} of {wanted})" for name, answers in people.items())
-    system_a, system_b = key["systems"]
-    rounded = shared.round_half_up
-    lines = [f"# {system_a} against {system_b}, annotated", "", f"Answers given: {given}", ""]
-    header = ["dimension", "who", "answers", f"{system_a} better", "tie", f"{system_b} better"]
-    cells = [
-        [row["dimension"], row["who"], *(str(row[name]) for name in ("items", *CHOICES))]
-        for row in rows
-        if row["table"] == "choices"
-    ]
-    lines += [shared.markdown_table(header, cells), ""]
     judge = f"the judge{', ' + key['judge'] if key.get('judge') else ''} (Table 6)"
     notes = {
-        "annotators": "## Annotators with each other\n\nOn the items that all have answered: the share of "
-        "equal choices and Cohen's κ; of more than two annotators, the mean over pairs and Fleiss' κ.",
-        "judge": f"## Annotators with {judge}\n\nThe share of equal choices and Cohen's κ. The "
-        "majority is what more than half chose, else a tie.",
+        "choices": f"# {system_a} against {system_b}, annotated\n\nAnswers given: {given}",
+        "annotators": "## Annotators with each other\n\nOn the items that all have answered: the share of equal "
+        "choices and Cohen's κ; of more than two annotators, the mean over pairs and Fleiss' κ.",
+        "judge": f"## Annotators with {judge}\n\nThe share of equal choices and Cohen's κ. The majority is what more "
+        "than half chose, else a tie.",
     }
+    parts = []
     for table, note in notes.items():
-        header = ["dimension", "who", "items", "agreement %, 95 % interval", "κ"]
-        found = [row for row in rows if row["table"] == table]
-        cells = [
-            [row["dimension"], row["who"], str(row["items"]), percent(row), rounded(row["kappa"])] for row in found
-        ]
-        lines += [note, "", shared.markdown_table(header, cells), ""] if found else []
-    return "\n".join(lines).rstrip()
+        header, cells = ["dimension", "who", "items", "agreement %, 95 % interval", "κ"], []
+        if table == "choices":
+            header = ["dimension", "who", "answers", f"{system_a} better", "tie", f"{system_b} better"]
+        for row in (row for row in rows if row["table"] == table):
+            if table == "choices":
+                numbers = [str(row[choice]) for choice in CHOICES]
+            else:
+                agreement = shared.with_interval(row | {"mean": row["agreement"]}, digits=1, scale=100)
+                numbers = [agreement, shared.round_half_up(row["kappa"])]
+            cells.append([row["dimension"], row["who"], str(row["items"]), *numbers])
+        parts += [note, shared.markdown_table(header, cells)] if cells else []
+    return "\n\n".join(parts)
 
 
 def agree(args: Args) -> None:
@@ -726,28 +275,22 @@ def agree(args: Args) -> None:
         check(name not in people, f"{file}: annotator '{name}' again; one export an annotator")
         people[name] = answers
     judge = judge_choices(key, args.judge_tie)
-    rows = agreement_rows(people, judge, key["dimensions"], args.seed)
+    rows = agreement_rows(people, judge, key, args.seed)
 
     text = report(rows, key, people)
     text_file = shared.output_path(args.output_dir, "annotate_agreement.md")
-    numbers_file = shared.output_path(args.output_dir, "annotate_agreement.csv")
     shared.write_text(text_file, text)
-    cells = [{name: "" if value != value else value for name, value in row.items()} for row in rows]
-    shared.write_csv(numbers_file, cells)  # NaN as an empty cell
+    shared.write_csv(text_file.with_suffix(".csv"), rows)
     print(text)
-    unscored = len(key["items"]) - len({item for _, item in judge})
-    if unscored:
+    if unscored := len(key["items"]) - len({item for _, item in judge}):
         print(f"\n{unscored} items have no judge's score and are left out of the comparison with the judge")
-    print(f"\n{text_file}\n{numbers_file} (A is {key['systems'][0]}, B {key['systems'][1]})")
+    print(f"\n{text_file}\n{text_file.with_suffix('.csv')} (A is {key['systems'][0]}, B {key['systems'][1]})")
 
 
 def main(args: Args) -> None:
     one = "give --runs (to build a page) or --exports (for the agreement), one of the two"
     check(bool(args.runs) != bool(args.exports), one)
-    if args.runs:
-        build(args)
-    else:
-        agree(args)
+    build(args) if args.runs else agree(args)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,20 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import shared
 
 import common
 from common import arg, check
 
-MOVES = ("up", "same", "down")
+MOVES = ["up", "same", "down"]
 
 
 @dataclass
 class Args:
     runs: list[str] = arg(None, f"{shared.RUN_HELP}; the first is before")
     tolerance: float = arg(1e-6, "a change up to this much counts as none; about 0.1 for expected scores")
+    allow_differences: bool = arg(False, "compare runs although judge, definitions or ways of reading differ")
     output_dir: str = arg("runs/eval", "folder of the table and the figure")
 
 
@@ -41,70 +43,57 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     return np.array(front[::-1])
 
 
-def move(before: float, after: float, tolerance: float) -> str:
-    """up, same or down."""
-    return "same" if abs(after - before) <= tolerance else "up" if after > before else "down"
+def moves_table(before: pd.DataFrame, after: pd.DataFrame, tolerance: float, title: str) -> str:
+    """How many prompts made each pair of moves, and what share of them the paper's order likes.
 
-
-def movements(before: dict, after: dict, ids: list[str], tolerance: float) -> dict[tuple[str, str], int]:
-    """How many prompts made each pair of moves (primary, secondary)."""
-    counts = dict.fromkeys(((a, b) for a in MOVES for b in MOVES), 0)
-    for id in ids:
-        counts[tuple(move(*axis, tolerance) for axis in zip(before[id], after[id], strict=True))] += 1
-    return counts
-
-
-def share(counts: dict[tuple[str, str], int], test) -> str:
-    """The share of prompts whose moves pass test(primary, secondary), in per cent."""
-    return f"{sum(n for moves, n in counts.items() if test(*moves)) / sum(counts.values()):.0%}"
+    before, after: the same prompts, a row each, with their (primary, secondary) scores.
+    """
+    change = after - before
+    steps = np.where(change > tolerance, "up", np.where(change < -tolerance, "down", "same"))  # (N, 2)
+    counts = pd.crosstab(steps[:, 0], steps[:, 1]).reindex(index=MOVES, columns=MOVES, fill_value=0)
+    shares = counts / counts.to_numpy().sum()
+    primary, secondary = before.columns
+    rows = [[f"{primary} {m}", *map(str, counts.loc[m]), f"{shares.loc[m].sum():.0%}"] for m in MOVES]
+    rows.append(["all", *(f"{shares[m].sum():.0%}" for m in MOVES), str(len(before))])
+    kept = shares.loc["up"].sum() + shares.loc["same", "up"]
+    return (
+        shared.markdown_table([title, *(f"{secondary} {m}" for m in MOVES), "all"], rows)
+        + f"\n\nbetter in the paper's order (primary up, or equal and secondary up): {kept:.0%}; "
+        f"priority broken (primary down): {shares.loc['down'].sum():.0%}"
+    )
 
 
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "tolerance")
-    runs = shared.read_runs(args.runs, least=2)
-    names = runs[0].objectives
-    if len(names) > 2:
-        common.warn(f"of {len(names)} objectives only {names[0]} and {names[1]} are shown")
-    means = [{id: point[:2] for id, point in shared.prompt_means(run.groups()).items()} for run in runs]
-    texts, table = [], []
+    runs = shared.read_runs(args.runs, least=2, allow_differences=args.allow_differences)
+    names = runs[0].objectives[:2]
+    if len(runs[0].objectives) > 2:
+        common.warn(f"of {len(runs[0].objectives)} objectives only {names[0]} and {names[1]} are shown")
+    means = [run.means()[names] for run in runs]
+    texts = []
     for run, after in zip(runs[1:], means[1:], strict=True):
-        ids = [id for id in shared.shared_ids(runs[0], run) if id in means[0] and id in after]
-        check(bool(ids), f"{runs[0].path} and {run.path} have no scored prompt in common")
-        counts = movements(means[0], after, ids, args.tolerance)
-        rows = [
-            [f"{names[0]} {a}", *(str(counts[a, b]) for b in MOVES), share(counts, lambda p, s, a=a: p == a)]
-            for a in MOVES
-        ]
-        rows.append(["all", *(share(counts, lambda p, s, b=b: s == b) for b in MOVES), str(len(ids))])
-        broken = share(counts, lambda p, s: p == "down")
-        kept = share(counts, lambda p, s: p == "up" or (p == "same" and s == "up"))
-        header = [f"{runs[0].name} → {run.name}", *(f"{names[1]} {b}" for b in MOVES), "all"]
-        texts.append(
-            shared.markdown_table(header, rows)
-            + f"\n\nbetter in the paper's order (primary up, or equal and secondary up): {kept}; "
-            f"priority broken (primary down): {broken}"
-        )
-    for run, points in zip(runs, means, strict=True):
-        front = {tuple(point) for point in pareto_front(np.array(list(points.values()))).tolist()}
-        table += [
-            {"run": run.name, "id": id, names[0]: p, names[1]: s, "on_front": (p, s) in front}
-            for id, (p, s) in points.items()
-        ]
-    path = shared.output_path(args.output_dir, "frontier.csv")
-    shared.write_csv(path, table)
-    shared.write_text(path.with_suffix(".md"), "\n\n".join(texts))
+        ids = [id for id in shared.shared_ids(runs[0], run) if id in means[0].index and id in after.index]
+        check(ids, f"{runs[0].path} and {run.path} have no scored prompt in common")
+        title = f"{runs[0].name} → {run.name}"
+        texts.append(moves_table(means[0].loc[ids], after.loc[ids], args.tolerance, title))
+
+    table, path = [], shared.output_path(args.output_dir, "frontier.csv")
     with shared.figure(path, width=5.6, height=5.2) as axes:
         for run, points, marker, colour in zip(runs, means, "osD^vP*X" * 9, shared.COLOURS * 9, strict=False):
-            primary, secondary = np.array(list(points.values())).T
-            axes.scatter(secondary, primary, s=16, alpha=0.45, marker=marker, color=colour)
-            front = pareto_front(np.stack([secondary, primary], axis=1))
-            axes.step(*front.T, where="pre", color=colour, linewidth=1)
+            on_front = set(map(tuple, pareto_front(points.to_numpy()).tolist()))
+            for id, *point in points.itertuples():
+                about = {"run": run.name, "id": id} | dict(zip(names, point, strict=True))
+                table.append(about | {"on_front": tuple(point) in on_front})
+            primary, secondary = points.to_numpy().T
+            own = {"marker": marker, "color": colour}
+            axes.scatter(secondary, primary, s=16, alpha=0.45, **own)
+            axes.step(*pareto_front(np.stack([secondary, primary], axis=1)).T, where="pre", color=colour, linewidth=1)
             label = f"{run.name}: mean {primary.mean():.2f}, {secondary.mean():.2f}"
-            axes.scatter(
-                secondary.mean(), primary.mean(), s=150, marker=marker, color=colour, edgecolor="black", label=label
-            )
+            axes.scatter(secondary.mean(), primary.mean(), s=150, edgecolor="black", label=label, **own)
         axes.set(xlabel=f"{names[1]} (secondary)", ylabel=f"{names[0]} (primary)")
         axes.legend(title="large: mean; line: Pareto front", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    shared.write_csv(path, table)
+    shared.write_text(path.with_suffix(".md"), "\n\n".join(texts))
     print("\n\n".join(texts))
     print(f"wrote {path}, {path.with_suffix('.md').name}, .png and .pdf")
 

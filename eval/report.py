@@ -1,11 +1,12 @@
 """One self-contained HTML page for a run directory: what came in, what was dropped, what was learnt from it.
 
-Funnel, scores, det Σ with ρ, pairs and their weights, training curves, and some prompts in full. No network,
-no script, no other file: it can be mailed. A run may have stopped after any stage; what is missing is said.
+Funnel, scores, det Σ with ρ, pairs and their weights, trainings side by side, some prompts in full; with --test_runs
+the answers before and after training. No network, no script, no other file: it can be mailed. A run may have stopped
+after any stage; what is missing is said. Here are its numbers; words, layout and colours: eval/pages/report.html.
 
     reads   RUN_DIR/01_samples.jsonl to 05_pairs.jsonl, *_metrics.jsonl and *_args.json, those that are there
     writes  RUN_DIR/report.html (--output); of several runs runs/eval/report.html
-    run     python eval/report.py --run_dir runs/default
+    run     python eval/report.py --run_dir runs/default --test_runs base=runs/test_base trained=runs/test_trained
             python eval/report.py --runs SPA=runs/a "w/o NF=runs/b" --output compared.html
     prints  default: 32 prompts, 16 kept, 75 pairs, 8 training steps
             wrote runs/default/report.html (96 kB)
@@ -15,26 +16,30 @@ The same files give the same bytes.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
+import io
 import itertools
 import math
-from collections import Counter
+import re
+import warnings
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import shared
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from shared import det_covariance, round_half_up
 from tqdm import tqdm
 
 import common
 from common import arg, check
 
-SHORT_TEXT = 280  # characters; longer texts are folded
 MOST_POINTS = 2000  # of a scatter plot
 MOST_STEPS = 200  # rows of a table of steps
+PAGE = Path(__file__).with_name("pages") / "report.html"
 # file -> the stage that makes it, and what its rows must have (see common.read_rows)
 FILES = {
     "01_samples.jsonl": ("01_sample", {}),
@@ -44,23 +49,8 @@ FILES = {
     "04_dropped.jsonl": ("04_denoise", {"scored": True}),
     "05_pairs.jsonl": ("05_pairs", {}),
 }
-# the arguments of each stage that decide what its numbers mean
-KEY_ARGUMENTS = {
-    "01_sample": "model prompts split num_prompts n temperature top_p max_new_tokens system_prob seed",
-    "02_score": "objectives score_mode with_instruction judge_model scorer",
-    "03_refine": "template attempts temperature max_new_tokens score_mode judge_model scorer",
-    "04_denoise": "rho det_min consistency informativeness cov_scope ddof",
-    "05_pairs": "delta rule weights refined_only keep_system input",
-    "06_train": "loss alpha beta gamma_beta_ratio gap_mean learning_rate warmup_ratio epochs batch_size "
-    "lora_rank eval_fraction model seed",
-}
-REASONS = {
-    "kept": "it passed every filter",
-    "unscored": "the refined response or every candidate has no score",
-    "inconsistent": "the refined response does not beat every candidate on every axis",
-    "det_zero": "det Σ is not above det_min: the candidates' scores hardly vary",
-    "det_above_rho": "det Σ is above ρ: the candidates' scores vary too much",
-}
+STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_train")
+REASONS = ("unscored", "inconsistent", "det_zero", "det_above_rho")  # why stage 4 drops a prompt
 CURVES = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm")
 
 
@@ -68,11 +58,13 @@ CURVES = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "gra
 class Args:
     run_dir: str = arg("runs/default", "folder of the run's files")
     runs: list[str] | None = arg(None, "several runs side by side instead, NAME=DIR each")
+    test_runs: list[str] | None = arg(None, "scored answers to test prompts, NAME=DIR each, the untrained first")
     output: str | None = arg(
         None, "the page; default: report.html in the run directory, of several runs in --output_dir"
     )
     output_dir: str = arg("runs/eval", "folder of the page of several runs")
     prompts: int = arg(10, "prompts that are shown in full, drawn by --seed")
+    ids: list[str] | None = arg(None, "shows the prompts with these ids instead, nothing folded")
     seed: int = arg(0, "seed of that draw, and of the jitter of integer scores")
 
 
@@ -82,99 +74,81 @@ class Args:
 
 @dataclass
 class Run:
-    """The files of a run directory: rows by file, records by stage, trainings by the stem of their files."""
+    """The files of a run directory, and what follows from them at once."""
 
     name: str
-    rows: dict[str, list[dict]]
+    rows: dict[str, list[dict]]  # by file
     missing: dict[str, str]  # file -> why it is not in `rows`
-    records: dict[str, dict]
-    trainings: dict[str, tuple[dict, list[dict]]]  # record and rows of metrics
+    records: dict[str, dict]  # by stage
+    trainings: dict[str, dict]  # by the stem of their files, that of 06_model first
 
-    @property
-    def made(self) -> dict[str, dict]:
-        """{"01": the arguments of stage 1, …} up to 05; what a record says of earlier stages stands in for theirs."""
-        found: dict[str, dict] = {}
+    def __post_init__(self):
+        # the rows of the furthest file that has every prompt
+        wholes = (["03_refined"], ["04_denoised", "04_dropped"], ["02_scores"], ["01_samples"])
+        found = ([row for file in files for row in self.rows.get(f"{file}.jsonl", [])] for files in wholes)
+        self.answers = next((rows for rows in found if rows), [])
+        # {"01": the arguments of stage 1, …} up to 05; what a record says of earlier stages stands in for theirs
+        self.made: dict[str, dict] = {}
         for stage, record in self.records.items():
             if stage != "06_train" and record:
                 checked = {"checked": record["checked"]} if "checked" in record else {}  # stage 2's look at its judge
-                found = {**record.get("earlier", {}), **found, stage[:2]: record["args"] | checked}
-        return found
-
-    @property
-    def scored_by(self) -> dict:
-        """The arguments of the last stage that scored; {} where none has left any."""
-        return next((args for args in reversed(self.made.values()) if args.get("objectives")), {})
-
-    @property
-    def names(self) -> list[str]:
-        """Of the objectives, in order of priority."""
-        groups = candidate_scores(self.answers()).values()
-        scores = next((scores for group in groups for scores in group if scores is not None), ())
-        return shared.objective_names(self.made, len(scores))
-
-    @property
-    def model(self) -> str | None:
-        """The model that answered."""
-        return next((args["model"] for args in self.made.values() if args.get("model")), None)
-
-    @property
-    def judge(self) -> str | None:
-        """Who scored, None where nothing was."""
-        return shared.judge_name(self.scored_by)
-
-    @property
-    def own_first(self) -> dict[str, tuple[dict, list[dict]]]:
-        """The trainings, that of 06_model first: the page's settings and weights are its own."""
-        return dict(sorted(self.trainings.items(), key=lambda item: (item[0] != "06", item[0])))
+                self.made = {**record.get("earlier", {}), **self.made, stage[:2]: record["args"] | checked}
+        self.scored_by = next((args for args in reversed(self.made.values()) if args.get("objectives")), {})
+        self.judge = shared.judge_name(self.scored_by)  # None where nothing was scored
+        self.model = next((args["model"] for args in self.made.values() if args.get("model")), None)
+        # id -> scores or None of each candidate; of the refined answer, in a list of one
+        self.candidates, self.refined = candidate_scores(self.answers), refined_scores(self.answers)
+        self.names = shared.objective_names(self.made, len(next(iter(read_of(self.candidates)), ())))
+        dropped, kept = (self.rows.get(file, []) for file in ("04_dropped.jsonl", "04_denoised.jsonl"))
+        # id -> "kept", or the reason for which stage 4 dropped the prompt
+        self.fates = {str(row["id"]): str(row.get("reason")) for row in dropped}
+        self.fates |= {str(row["id"]): "kept" for row in kept}
+        # id -> det Σ: stage 4's own, or by its definition where it left none
+        self.dets, more = {}, self.refined if self.argument("04_denoise", "cov_scope") == "all" else {}
+        for id, group in self.candidates.items():
+            if scores := [one for one in (*group, *more.get(id, ())) if one is not None]:
+                self.dets[id] = det_covariance(scores, self.argument("04_denoise", "ddof", 0))
+        self.dets |= {str(row["id"]): row["det"] for row in (*kept, *dropped) if is_number(row.get("det"))}
+        self.pairs, self.alpha = self.rows.get("05_pairs.jsonl", []), self.argument("06_train", "alpha", 1.0)
+        self.weights = pair_weights([pair["gap"] for pair in self.pairs], self.alpha)
 
     def argument(self, stage: str, name: str, default=None):
         """An argument of a stage, as its record has it."""
         return self.records[stage].get("args", self.made.get(stage[:2], {})).get(name, default)
 
-    def answers(self) -> list[dict]:
-        """The rows of the furthest file that has every prompt."""
-        wholes = (["03_refined.jsonl"], ["04_denoised.jsonl", "04_dropped.jsonl"])
-        for files in (*wholes, ["02_scores.jsonl"], ["01_samples.jsonl"]):
-            if rows := [row for file in files for row in self.rows.get(file, [])]:
-                return rows
-        return []
-
 
 def read_pairs(path: Path) -> list[dict]:
     """The rows of 05_pairs.jsonl, checked as far as this page needs them."""
-    rows = []
-    for number, line in common.read_lines(path):
-        where = f"{path}, line {number}"
-        row = common.parse_json(line, where)
-        for key in ("id", "chosen", "rejected", "margin", "gap"):
-            check(isinstance(row, dict) and key in row, f"{where}: no '{key}' in the row; add it")
-        for key in ("chosen", "rejected"):
-            fits = isinstance(row[key], list) and bool(row[key]) and isinstance(row[key][-1], dict)
-            fits = fits and isinstance(row[key][-1].get("content"), str)
-            check(fits, f"{where}: '{key}' must be a list of messages")
-        for key in ("margin", "gap"):
-            fits = is_number(row[key]) and row[key] >= 0
-            check(fits, f"{where}: '{key}' must be a number, 0 or more")
-        rows.append(row)
-    return rows
+    fields = {"id", "chosen", "rejected", "margin", "gap"}
+    wanted = f"a pair has {', '.join(sorted(fields))}: two lists of messages, two numbers of 0 or more"
+    rows = list(shared.read_jsonl(path, fields, wanted))
+    for where, row in rows:
+        last = [row[side][-1] if isinstance(row[side], list) and row[side] else {} for side in ("chosen", "rejected")]
+        fits = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in last)
+        check(fits and all(is_number(row[key]) and row[key] >= 0 for key in ("margin", "gap")), f"{where}: {wanted}")
+    return [row for _, row in rows]
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics file; a last line without its end, left by a kill, does not count."""
-    rows = []
+def read_training(path: Path) -> dict:
+    """Record and metrics of a training; a last line without its end, left by a kill, does not count."""
+    rows, record = [], common.read_record(path.with_name(path.name.replace("_metrics.jsonl", "_args.json")))
     for number, line in common.read_lines(path):
         if line.endswith("\n"):
-            row = common.parse_json(line, f"{path}, line {number}")
-            fits = isinstance(row, dict) and isinstance(row.get("step"), int)
+            rows.append(common.parse_json(line, f"{path}, line {number}"))
+            fits = isinstance(rows[-1], dict) and isinstance(rows[-1].get("step"), int)
             check(fits, f"{path}, line {number}: a row of metrics with a 'step' is wanted")
-            rows.append(row)
-    return rows
+    # over fixed prompts, before, (during) and after training, under plain names
+    fixed = [row for row in rows if any(name.startswith(("train/", "eval/")) for name in row)]
+    held_out = any(name.startswith("eval/") for row in fixed for name in row)
+    fixed = [{name.removeprefix("train/").removeprefix("eval/"): row[name] for name in row} for row in fixed]
+    made = {"args": record.get("args", {}), "complete": record.get("complete", True), "held_out": held_out}
+    return made | {"steps": [row for row in rows if "learning_rate" in row], "fixed": fixed}
 
 
 def read_run(name: str, path: Path) -> Run:
     """All that is in a run directory, but for what an unfinished stage has; UserError if it is none."""
     check(path.is_dir(), f"no run directory {path}")
-    records = {stage: common.read_record(path / f"{stage[:2]}_args.json") for stage in KEY_ARGUMENTS}
+    records = {stage: common.read_record(path / f"{stage[:2]}_args.json") for stage in STAGES}
     rows, missing = {}, {}
     for file, (stage, wanted) in FILES.items():
         if not (path / file).exists():
@@ -187,10 +161,8 @@ def read_run(name: str, path: Path) -> Run:
             rows[file] = shared.read_filtered(path / file)
         else:
             rows[file] = list(common.read_rows(path / file, **wanted))
-    trainings = {}
-    for file in sorted(path.glob("*_metrics.jsonl")):
-        stem = file.name.removesuffix("_metrics.jsonl")
-        trainings[stem] = (common.read_record(path / f"{stem}_args.json"), read_metrics(file))
+    files = {file.name.removesuffix("_metrics.jsonl"): file for file in sorted(path.glob("*_metrics.jsonl"))}
+    trainings = {stem: read_training(files[stem]) for stem in sorted(files, key=lambda stem: stem != "06")}
     if not trainings:
         missing["06_metrics.jsonl"] = "06_metrics.jsonl is not there (06_train.py)"
     check(bool(rows or trainings), f"{path} has no file of any stage; run 01_sample.py with it first")
@@ -198,136 +170,11 @@ def read_run(name: str, path: Path) -> Run:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers: everything that the page shows, from the rows.
+# Numbers, from the rows.
 
 
 def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def candidate_scores(rows: list[dict]) -> dict[str, list]:
-    """id -> scores or None of each candidate."""
-    return {str(row["id"]): [response.get("scores") for response in row["responses"]] for row in rows}
-
-
-def refined_scores(rows: list[dict]) -> dict[str, list]:
-    """id -> the refined answer's scores or None, in a list of one."""
-    return {str(row["id"]): [row["refined"]["scores"]] for row in rows if "refined" in row}
-
-
-def read_of(groups: dict[str, list]) -> list[list]:
-    """All scores that were read."""
-    return [scores for group in groups.values() for scores in group if scores is not None]
-
-
-def fates(run: Run) -> dict[str, str]:
-    """id -> "kept", or the reason for which stage 4 dropped the prompt."""
-    dropped = {str(row["id"]): str(row.get("reason")) for row in run.rows.get("04_dropped.jsonl", [])}
-    return dropped | {str(row["id"]): "kept" for row in run.rows.get("04_denoised.jsonl", [])}
-
-
-def dets(run: Run) -> dict[str, float]:
-    """id -> det Σ: stage 4's own, or by its definition where it left none."""
-    found, ddof = {}, run.argument("04_denoise", "ddof", 0)
-    for row in run.answers():
-        groups = [candidate_scores([row])]
-        groups += [refined_scores([row])] * (run.argument("04_denoise", "cov_scope") == "all")
-        if scores := [pair for group in groups for pair in read_of(group)]:
-            found[str(row["id"])] = det_covariance(scores, ddof)
-    for file in ("04_denoised.jsonl", "04_dropped.jsonl"):
-        found |= {str(row["id"]): row["det"] for row in run.rows.get(file, []) if is_number(row.get("det"))}
-    return found
-
-
-def pair_weights(gaps: list[float], alpha: float) -> list[float]:
-    """w_i = (gap_i / mean gap)^α (section 3.4) with the mean over the data set; [] if the mean is 0."""
-    mean = sum(gaps) / len(gaps) if gaps else 0
-    return [(gap / mean) ** alpha for gap in gaps] if mean else []
-
-
-def effective_share(weights: list[float]) -> float:
-    """(Σw)² / Σw² as a share of the pairs: 1 if all weights are equal."""
-    return sum(weights) ** 2 / sum(w * w for w in weights) / len(weights)
-
-
-def mean_interval(values: list[float]) -> str:
-    """Mean over prompts with its 95 % bootstrap interval, as text."""
-    if not values:
-        return "–"
-    low, high = shared.bootstrap_interval(values)
-    return f"{round_half_up(float(np.mean(values)))} [{round_half_up(low)}, {round_half_up(high)}]"
-
-
-def measured_rows(metrics: list[dict]) -> list[dict]:
-    """The rows over a fixed set of prompts, before, (during) and after training, under plain names."""
-    rows = [row for row in metrics if any(name.startswith(("train/", "eval/")) for name in row)]
-    return [{name.removeprefix("train/").removeprefix("eval/"): row[name] for name in row} for row in rows]
-
-
-def step_rows(metrics: list[dict]) -> list[dict]:
-    """The rows of the single steps."""
-    return [row for row in metrics if "learning_rate" in row]
-
-
-def funnel(run: Run) -> list[tuple[str, int, str]]:
-    """(label, count, kind) from the prompts sampled to the steps; kind: prompts, dropped, or other."""
-    rows = run.rows
-    lines = []
-    if "01_samples.jsonl" in rows:
-        lines.append(("prompts sampled", len(rows["01_samples.jsonl"]), "prompts"))
-    if "02_scores.jsonl" in rows:
-        groups = candidate_scores(rows["02_scores.jsonl"]).values()
-        scored = sum(any(scores is not None for scores in group) for group in groups)
-        lines.append(("with a scored answer", scored, "prompts"))
-    if "03_refined.jsonl" in rows:
-        refined = len(read_of(refined_scores(rows["03_refined.jsonl"])))
-        lines.append(("refined and scored", refined, "prompts"))
-    if "04_dropped.jsonl" in rows:
-        counts = Counter(fate for fate in fates(run).values() if fate != "kept")
-        reasons = [*(r for r in REASONS if r != "kept"), *sorted(counts.keys() - REASONS.keys())]
-        lines += [(f"dropped: {reason}", counts[reason], "dropped") for reason in reasons]
-    if "04_denoised.jsonl" in rows:
-        lines.append(("kept", len(rows["04_denoised.jsonl"]), "prompts"))
-    if "05_pairs.jsonl" in rows:
-        pairs = rows["05_pairs.jsonl"]
-        lines.append(("with pairs", len({str(pair["id"]) for pair in pairs}), "prompts"))
-        lines.append(("pairs", len(pairs), "other"))
-    for stem, (_, metrics) in run.own_first.items():
-        lines.append((f"training steps ({stem})", len(step_rows(metrics)), "other"))
-    return lines
-
-
-def key_numbers(run: Run) -> dict[str, str]:
-    """The numbers by which runs compare: label -> text, "–" where a stage has not run."""
-    rows = run.answers()
-    counts = {label: count for label, count, _ in funnel(run)}
-    candidates, refined = candidate_scores(rows), refined_scores(rows)
-    numbers = {"model": run.model or "–", "judge": run.judge or "–"}
-    numbers["scores"] = run.argument("02_score", "score_mode") or "–"
-    lines = [line.removeprefix("judge check: ") for line in common.check_lines(run.made)]
-    fit, verdict = common.judge_verdict(run.made, run.names)
-    numbers["judge check"] = "; ".join([*lines, *([] if fit else [verdict])]) or "–"
-    numbers["prompts"] = number(len(rows))
-    for title, groups in (("answers", candidates), ("refined", refined)):
-        means = list(shared.prompt_means(groups).values())
-        for axis, objective in enumerate(run.names):
-            numbers[f"mean {objective}, {title}"] = mean_interval([pair[axis] for pair in means])
-    numbers["ties among a prompt's answers"] = percent(common.tie_rate(list(candidates.values())))
-    kept = counts.get("kept")
-    share = f" ({percent(kept / len(rows))})" if kept is not None and rows else ""
-    numbers["prompts kept"] = number(kept) + share
-    pairs = run.rows.get("05_pairs.jsonl")
-    numbers["pairs"] = number(None if pairs is None else len(pairs))
-    numbers["mean gap"] = number(float(np.mean([pair["gap"] for pair in pairs])) if pairs else None)
-    for stem, (record, metrics) in (run.own_first or {"06": ({}, [])}).items():
-        of = "" if stem == "06" else f" ({stem})"
-        numbers[f"training loss{of}"] = record.get("args", {}).get("loss", "–")
-        numbers[f"steps{of}"] = number(len(step_rows(metrics)) if metrics else None)
-        measured = measured_rows(metrics)
-        for name in CURVES[:3]:
-            change = [number(row.get(name)) for row in (measured[0], measured[-1])] if len(measured) > 1 else []
-            numbers[f"{name}, before → after{of}"] = " → ".join(change) or "–"
-    return numbers
 
 
 def number(value) -> str:
@@ -341,744 +188,474 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{round_half_up(100 * share, 1)} %"
 
 
+def candidate_scores(rows: list[dict]) -> dict[str, list]:
+    return {str(row["id"]): [response.get("scores") for response in row["responses"]] for row in rows}
+
+
+def refined_scores(rows: list[dict]) -> dict[str, list]:
+    return {str(row["id"]): [row["refined"]["scores"]] for row in rows if "refined" in row}
+
+
+def read_of(groups: dict[str, list]) -> list[list]:
+    """All scores that were read."""
+    return [scores for group in groups.values() for scores in group if scores is not None]
+
+
+def prompt_means(groups: dict[str, list], k: int) -> pd.DataFrame:
+    """A prompt a row, an objective a column: the mean over its scored answers."""
+    return pd.DataFrame.from_dict(shared.prompt_means(groups), orient="index", columns=range(k))
+
+
+def gains(means: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """Differences on the prompts that both have."""
+    return (means - base).reindex(means.index).dropna()
+
+
+def mean_intervals(means: pd.DataFrame) -> list[str]:
+    """Of each objective the mean over prompts with its 95 % bootstrap interval, as text."""
+    return [shared.with_interval(shared.estimate(means[axis].to_numpy())) for axis in means]
+
+
+def pair_weights(gaps: list[float], alpha: float) -> list[float]:
+    """w_i = (gap_i / mean gap)^α (section 3.4) with the mean over the data set; [] if the mean is 0."""
+    mean = sum(gaps) / len(gaps) if gaps else 0
+    return [(gap / mean) ** alpha for gap in gaps] if mean else []
+
+
+def before_after(fixed: list[dict], name: str) -> str:
+    """A metric over the fixed prompts, as 2.5 → 1.25 (-1.25); – for what training has not come to."""
+    ends = [row.get(name) for row in (fixed[:1] + fixed[-1:]) or [{}, {}]]
+    if not fixed or fixed[-1]["step"] <= fixed[0]["step"]:
+        ends[1] = None
+    change = f" ({ends[1] - ends[0]:+.4g})" if all(map(is_number, ends)) else ""
+    return f"{number(ends[0])} → {number(ends[1])}{change}" if is_number(ends[0]) else "–"
+
+
+def funnel(run: Run) -> list[tuple[str, int, str]]:
+    """(label, count, kind) from the prompts sampled to the steps; kind: prompts, dropped, or other."""
+    rows, counts = run.rows, Counter(run.fates.values())
+    scored = sum(map(any, candidate_scores(rows.get("02_scores.jsonl", [])).values()))
+    refined = len(read_of(refined_scores(rows.get("03_refined.jsonl", []))))
+    paired = len({str(pair["id"]) for pair in run.pairs})
+    reasons = (*REASONS, *sorted(counts.keys() - {*REASONS, "kept"}))
+    lines = {
+        "01_samples.jsonl": [("prompts sampled", len(rows.get("01_samples.jsonl", [])), "prompts")],
+        "02_scores.jsonl": [("with a scored answer", scored, "prompts")],
+        "03_refined.jsonl": [("refined and scored", refined, "prompts")],
+        "04_dropped.jsonl": [(f"dropped: {reason}", counts[reason], "dropped") for reason in reasons],
+        "04_denoised.jsonl": [("kept", counts["kept"], "prompts")],
+        "05_pairs.jsonl": [("with pairs", paired, "prompts"), ("pairs", len(run.pairs), "other")],
+    }
+    steps = [(f"training steps ({stem})", len(made["steps"]), "other") for stem, made in run.trainings.items()]
+    return [line for file in lines if file in rows for line in lines[file]] + steps
+
+
+def key_numbers(run: Run) -> dict[str, str]:
+    """The numbers by which runs compare: label -> text, "–" where a stage has not run."""
+    counts, prompts = {label: count for label, count, _ in funnel(run)}, len(run.answers)
+    numbers = {"model": run.model or "–", "judge": run.judge or "–"}
+    numbers["scores"] = run.argument("02_score", "score_mode") or "–"
+    lines = [line.removeprefix("judge check: ") for line in common.check_lines(run.made)]
+    fit, verdict = common.judge_verdict(run.made, run.names)
+    numbers["judge check"] = "; ".join([*lines, *([] if fit else [verdict])]) or "–"
+    numbers["prompts"] = number(prompts)
+    for title, groups in (("answers", run.candidates), ("refined", run.refined)):
+        means = mean_intervals(prompt_means(groups, len(run.names)))
+        numbers |= {f"mean {name}, {title}": mean for name, mean in zip(run.names, means, strict=True)}
+    numbers["ties among a prompt's answers"] = percent(common.tie_rate(list(run.candidates.values())))
+    kept = counts.get("kept")
+    share = f" ({percent(kept / prompts)})" if kept is not None and prompts else ""
+    numbers["prompts kept"] = number(kept) + share
+    numbers["pairs"] = number(counts.get("pairs"))
+    numbers["mean gap"] = number(float(np.mean([pair["gap"] for pair in run.pairs])) if run.pairs else None)
+    for stem, made in (run.trainings or {"06": {"args": {}, "fixed": [], "steps": None}}).items():
+        of = "" if stem == "06" else f" ({stem})"
+        numbers[f"training loss{of}"] = made["args"].get("loss", "–")
+        numbers[f"steps{of}"] = number(made["steps"] and len(made["steps"]))
+        for name in CURVES[:3]:
+            numbers[f"{name}, before → after{of}"] = before_after(made["fixed"], name)
+    return numbers
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# HTML: whatever was not made by `h` is text, so nothing that a model wrote can run.
+# Figures by matplotlib, as SVG whose letters and colours are the page's: it knows those that stand here.
 
-# control characters become visible pictures of themselves, but for tab and newline
-VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD) | {0xFFFE: 0xFFFD, 0xFFFF: 0xFFFD}
-LINES = ("p", "tr", "table", "section", "article", "figure", "details", "li", "dd", "svg", "div", "nav", "head")
+SERIES, AXES = shared.COLOURS[:4], "#808080"
+HINT = "hint: "  # an artist's id that begins so is shown where the mouse rests
 
 
-class Html(str):
-    """Markup made here."""
+def picture(run: Run, title: str, says: str, draw) -> dict:
+    """A figure of the page, drawn by draw(axes); `says` tells those who can't see it what it shows."""
+    salt = {"svg.hashsalt": f"{run.name}/{title}"}
+    with matplotlib.rc_context(salt, PAGE.with_suffix(".mplstyle")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # signs that its own font lacks: the page is shown with the reader's
+        drawing = Figure(figsize=(5, 230 / 72), layout="constrained")
+        axes = drawing.subplots()
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        if len(labels) > 1:
+            drawing.legend(handles, labels, loc="outside upper left", ncols=2, borderpad=0)
+        file = io.StringIO()
+        drawing.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    svg = svg[svg.index("<g ") : svg.rindex("</svg>")]
+    # the page's policy forbids style attributes: each property becomes an attribute of its own
+    svg = re.sub(r' style="([^"]*)"', lambda style: re.sub(r"(?:^|; )([a-z-]+): ([^;]*)", r' \1="\2"', style[1]), svg)
+    svg = re.sub(rf"""<g id=(["']){HINT}(.*?)\1>""", r"<g><title>\2</title>", svg)
+    svg = re.sub(r' id="[\w.]*_\d+"', "", svg)  # of what is used nowhere else; they stand in every figure
+    return {"title": title, "says": says, "drawing": svg}
 
 
-def text(value) -> str:
-    """A value as the text of an element or an attribute."""
-    return html.escape(str(value).replace("\r\n", "\n").translate(VISIBLE))
+def bars(run: Run, title, x_label, groups: dict[str, list], what="", share=False, rules=(), bins=None, linear=None):
+    """(figure, table) of how many of `what` fall into each bin, by group: counts, stacked, or shares side by side.
 
-
-def h(tag: str, /, *children, **attributes) -> Html:
-    """<tag attributes>children</tag>; children that are not Html are escaped, None is left out.
-
-    `class_` stands for class, other underscores for dashes.
+    rules: (place, text); bins: (edges, labels); linear: where the axis is no more logarithmic.
     """
-    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
-    written = "".join(f' {key}="{text(value)}"' for key, value in pairs if value is not None)
-    start = f"<{tag}{written}>"
-    if tag in ("meta", "link"):
-        return Html(start + "\n")
-    inner = "".join(c if isinstance(c, Html) else text(c) for c in children if c is not None)
-    return Html(f"{start}{inner}</{tag}>" + "\n" * (tag in LINES))
+    edges, labels = bins or bins_of([*itertools.chain(*groups.values())])
+    values = [np.clip(of, edges[0], edges[-1]) for of in groups.values()]  # no binary dust beyond the last edge
+    counts = [np.histogram(of, edges)[0] for of in values]
+    weights = [np.full(len(of), 100 / len(of) if share else 1) for of in values]
+    heights = [(of * weight[0]).tolist() if share else of.tolist() for of, weight in zip(counts, weights, strict=True)]
+
+    def draw(axes):
+        style = {"stacked": not share, "rwidth": 0.86, "color": SERIES[: len(groups)], "label": list(groups)}
+        *_, made = axes.hist(values, edges, weights=weights, **style)
+        for name, group, tall in zip(groups, made if len(groups) > 1 else [made], heights, strict=True):
+            for bar, label, height in zip(group, labels, tall, strict=True):
+                bar.set_gid(f"{HINT}{name}, {label}: {number(height)}")
+        for place, text in rules:
+            axes.axvline(place, color=AXES, linestyle="--")
+            axes.text(place, 1, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
+        axes.set(xlabel=x_label, ylabel=f"% of the {what}" if share else what)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=not share, steps=[1, 2, 5, 10]))
+        if linear:
+            axes.set_xscale("symlog", linthresh=linear, linscale=0.5)
+            axes.set_xlim(0)
+            axes.xaxis.set_major_formatter(lambda x, _: "" if 0 < x < linear else f"{x:g}")
+
+    says = []
+    for name, tall in zip(groups, heights, strict=True):
+        listed = (f"{label}: {number(height)}" for label, height in zip(labels, tall, strict=True) if height)
+        says.append(f"{name}: {', '.join(listed)}")
+    counted = table(f"Counts: {title}", ["", *groups], zip(labels, *counts, strict=True))
+    return picture(run, title, ". ".join(says), draw), counted
 
 
-def table(caption: str, header: list[str], rows: list[list]) -> Html:
-    """A table in a box of its own, which scrolls where the screen is narrow; numbers to the right."""
-    head = h("tr", *(h("th", cell, scope="col") for cell in header))
-    body = [h("tr", h("th", row[0], scope="row"), *(h("td", cell) for cell in row[1:])) for row in rows]
-    inner = h("table", h("caption", caption), h("thead", head), h("tbody", *body))
-    return h("div", inner, class_="scroll", role="region", aria_label=caption, tabindex="0")
-
-
-def folded(summary: str, *children) -> Html:
-    return h("details", h("summary", summary), *children)
-
-
-def passage(words: str) -> Html:
-    """What a person or a model wrote: as it is, folded if it is long."""
-    whole = h("div", words if words.strip() else "(empty)", class_="text", dir="auto")
-    if len(words) <= SHORT_TEXT and words.count("\n") < 8:
-        return whole
-    start = " ".join(words[:140].split())
-    return h("details", h("summary", h("bdi", f"{start}…"), f" ({len(words)} characters)"), whole)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Charts: small SVGs by hand, whose text and colours follow the page into the dark.
-
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 230, 44, 10, 26, 40
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most `most` multiples of 1, 2 or 5 times a power of ten, from low to high."""
-    if high <= low:
-        return [low]
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(s for s in (power, 2 * power, 5 * power, 10 * power, 20 * power) if (high - low) / s < most)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def labelled(ticks: list[float]) -> list[tuple[float, str]]:
-    return [(tick, f"{tick:g}") for tick in ticks]
-
-
-def at(value: float) -> str:
-    """A coordinate: two decimals, so that no platform's last digit shows."""
-    return f"{value:.2f}".removesuffix("00").removesuffix(".")
-
-
-def chart(title, says, x_range, y_range, draw, x_label, y_label, x_ticks, y_ticks, keys=(), rules=()):
-    """A figure: axes, the shapes of draw(px, py), dashed rules ("x" or "y", value, text), and a legend.
-
-    `says` tells in words and numbers what the drawing shows, to those who can't see it. px and py map data
-    to pixels; x_ticks and y_ticks are (value, text); keys are (shape, name) of the series.
-    """
-
-    def px(x: float) -> float:
-        return LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
-
-    def py(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
-
-    base, parts = HEIGHT - BOTTOM, []
-    for value, label in y_ticks:
-        y = at(py(value))
-        parts.append(h("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(h("text", label, x=LEFT - 5, y=at(py(value) + 3.5), class_="end"))
-    for value, label in x_ticks:
-        parts.append(h("text", label, x=at(px(value)), y=base + 15, class_="mid"))
-    parts.append(h("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis"))
-    parts.append(h("text", x_label, x=(LEFT + WIDTH - RIGHT) // 2, y=HEIGHT - 6, class_="mid"))
-    parts += [h("text", y_label, x=2, y=12)] if y_label else []
-    parts += draw(px, py)
-    for axis, value, label in rules:
-        if axis == "x":
-            x = px(value)
-            side = {"class_": "end", "x": at(x - 4)} if x > WIDTH * 0.7 else {"x": at(x + 4)}
-            parts.append(h("line", x1=at(x), x2=at(x), y1=TOP - 8, y2=base, class_="rule"))
-            parts.append(h("text", label, y=TOP - 3, **side))
-        else:
-            y = py(value)
-            parts.append(h("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at(y), y2=at(y), class_="rule"))
-            parts.append(h("text", label, x=WIDTH - RIGHT, y=at(y - 4), class_="end"))
-    picture = h("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title}. {says}")
-    swatch = {"viewBox": "0 0 12 12", "class_": "swatch", "aria_hidden": "true"}
-    swatches = [h("span", h("svg", shape, **swatch), " ", name, class_="key") for shape, name in keys]
-    return h("figure", h("figcaption", h("strong", title), *swatches), picture)
-
-
-def marker(x: float, y: float, series: int, size: float) -> Html:
-    """A disc for the first series, a diamond for the second: told apart without colour too."""
-    if series == 0:
-        return h("circle", cx=at(x), cy=at(y), r=at(size), class_="c0")
-    s = size * 1.2
-    path = f"M{at(x)} {at(y - s)}L{at(x + s)} {at(y)}L{at(x)} {at(y + s)}L{at(x - s)} {at(y)}Z"
-    return h("path", d=path, class_="c1")
-
-
-def bar_chart(title, bins, series: dict[str, list], x_label, y_label, x_ticks, stacked=False, rules=()):
-    """Bars over bins (left, right, text); of several series side by side, or stacked."""
-    columns = list(zip(*series.values(), strict=True))
-    top = max([sum(c) if stacked else max(c) for c in columns], default=0) or 1
-
-    def draw(px, py):
-        shapes = []
-        for (left, right, label), heights in zip(bins, columns, strict=True):
-            below, width = 0, (right - left) * 0.86 / (1 if stacked else len(heights))
-            for i, (name, height) in enumerate(zip(series, heights, strict=True)):
-                x = left + (right - left) * 0.07 + (0 if stacked else i * width)
-                if height:
-                    box = {"x": at(px(x)), "width": at(px(x + width) - px(x)), "y": at(py(below + height))}
-                    box |= {"height": at(py(below) - py(below + height)), "class_": f"bar c{i}"}
-                    shapes.append(h("rect", h("title", f"{name}, {label}: {number(height)}"), **box))
-                below += height if stacked else 0
-        return shapes
-
-    says = ". ".join(
-        f"{name}: " + ", ".join(f"{b[2]}: {number(v)}" for b, v in zip(bins, values, strict=True) if v)
-        for name, values in series.items()
-    )
-    square = {"x": 1, "y": 1, "width": 10, "height": 10}
-    keys = [(h("rect", class_=f"bar c{i}", **square), name) for i, name in enumerate(series)]
-    keys = keys if len(keys) > 1 else []
-    x_range = (min([bins[0][0], *(v for _, v, _ in rules)]), max([bins[-1][1], *(v for _, v, _ in rules)]))
-    counts = all(isinstance(value, int) for column in columns for value in column)
-    y_ticks = labelled([tick for tick in nice_ticks(0, top, 5) if not counts or tick == int(tick)])
-    return chart(title, says, x_range, (0, top), draw, x_label, y_label, x_ticks, y_ticks, keys, rules)
-
-
-def bins_of(values: list[float]) -> tuple[list[tuple[float, float, str]], list]:
-    """(bins (left, right, text), ticks): a bin per integer, or at most a dozen of equal width."""
+def bins_of(values: list[float]) -> tuple[list[float], list[str]]:
+    """(edges, labels): a bin per integer, or about a dozen of equal width between round numbers."""
     low, high = min(values), max(values)
     if all(value == int(value) for value in values) and high - low <= 20:
         whole = range(int(low), int(high) + 1)
-        ticks = [(k, str(k)) for k in whole if k % (1 + len(whole) // 12) == 0]
-        return [(k - 0.5, k + 0.5, str(k)) for k in whole], ticks
-    steps = nice_ticks(low, high, 13)
-    step = steps[1] - steps[0] if len(steps) > 1 else max(abs(low), 1.0) / 10
-    first = math.floor(low / step + 1e-9)
-    count = max(1, math.ceil((high - first * step) / step - 1e-9))
-    edges = [round((first + i) * step, 12) for i in range(count + 1)]
-    bins = [(a, b, f"{a:g} to {b:g}") for a, b in itertools.pairwise(edges)]
-    return bins, labelled(nice_ticks(edges[0], edges[-1], 6))
-
-
-def count_in(bins: list[tuple[float, float, str]], values: list[float]) -> list[int]:
-    """How many values are in each of adjoining bins; binary dust beyond the last edge does not count."""
-    edges = [bins[0][0], *(right for _, right, _ in bins)]
-    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
-
-
-def det_bins(values: list[float], rho: float | None):
-    """(bins, ticks, place): half decades, and a bin for 0, which no logarithm has; place(det) is its bin."""
-    positive = [value for value in [*values, rho or 0] if value > 0] or [1.0]
-    low, high = math.floor(2 * math.log10(min(positive))), math.floor(2 * math.log10(max(positive)))
-    bins = [(low / 2 - 1, low / 2 - 0.5, "0")]
-    bins += [(k / 2, k / 2 + 0.5, f"{10 ** (k / 2):.3g} to {10 ** (k / 2 + 0.5):.3g}") for k in range(low, high + 1)]
-    decades = range(math.ceil(low / 2), (high + 1) // 2 + 1)
-    every = 1 + len(decades) // 7
-    ticks = [(low / 2 - 0.75, "0")]
-    for k in decades:
-        if k % every == 0:
-            ticks.append((k, f"{10.0**k:g}" if -2 <= k <= 3 else "10" + str(k).translate(SUPERSCRIPTS)))
-
-    def place(det: float) -> int:
-        return 0 if det <= 0 else 1 + math.floor(2 * math.log10(det)) - low
-
-    return bins, ticks, place
+        return [k - 0.5 for k in (*whole, whole[-1] + 1)], [str(k) for k in whole]
+    pad = 0 if low < high else 0.5
+    edges = MaxNLocator(12, steps=[1, 2, 5, 10]).tick_values(low - pad, high + pad).tolist()
+    return edges, [f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sections, in the order of the page; each returns what it shows of a run.
+# Sections, in the order of the page. Most are figures, tables, (summary, tables) that are folded, and what the page's
+# sentences need.
 
 
-def absent(run: Run, *files: str) -> Html:
-    """One line on what a section would need."""
+def table(caption: str, header: list[str], rows) -> dict:
+    return {"caption": caption, "header": header, "rows": [list(row) for row in rows]}
+
+
+def section(charts: list, tables: list) -> dict:
+    """Charts as `bars` makes them, whose counts are folded, and tables."""
+    folded = [("Counts", [counts for _, counts in charts])] if charts else []
+    return {"figures": [figure for figure, _ in charts], "tables": tables, "folded": folded}
+
+
+def absent(run: Run, *files: str) -> dict:
+    """A section that says what it would need."""
     reasons = dict.fromkeys(run.missing[file] for file in files if file in run.missing)
-    said = "; ".join(reasons) or "no row has what is needed"
-    return h("p", f"Nothing to show: {said}.", class_="note")
-
-
-def show_setting(run: Run, args: Args) -> list[Html]:
-    parts, judge = [], run.judge
-    who = "the model itself" if judge and judge == run.model else judge
-    about = [("Model", run.model or "not recorded"), ("Judge", who or "not recorded")]
-    for place, (name, definition) in enumerate(shared.definitions(run.scored_by), 1):
-        about.append((f"{name} (priority {place})", definition))
-    others = {f"06_train.py ({stem})": record for stem, (record, _) in run.own_first.items() if stem != "06"}
-    for stage, record in {**run.records, **others}.items():
-        given, names = record.get("args", {}), KEY_ARGUMENTS.get(stage, KEY_ARGUMENTS["06_train"])
-        said = [f"{name}={plain(given[name])}" for name in names.split() if given.get(name) is not None]
-        if said:
-            about.append((stage if stage in others else f"{stage}.py", " · ".join(said)))
-    versions: dict[str, dict] = {}
-    for record in run.records.values():
-        for package, version in record.get("versions", {}).items():
-            versions.setdefault(package, {})[str(version)] = None
-    if versions:
-        listed = ", ".join(f"{package} {' / '.join(found)}" for package, found in versions.items())
-        about.append(("Versions", listed))
-    without = [f"{stage[:2]}_args.json" for stage, record in run.records.items() if not record]
-    parts.append(h("dl", *(part for name, value in about for part in (h("dt", name), h("dd", value)))))
-    if without:
-        line = f"Not there, so their stages' arguments are not known: {', '.join(without)}."
-        parts.append(h("p", line, class_="note"))
-    return parts
+    return {"absent": "; ".join(reasons) or "no row has what is needed"}
 
 
 def plain(value) -> str:
     """An argument as one would type it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 
-def show_funnel(run: Run, args: Args) -> list[Html]:
-    lines = funnel(run)
+def show_setting(run: Run, args: Args) -> dict:
+    arguments = {f"{stage}.py": record.get("args", {}) for stage, record in run.records.items()}
+    arguments |= {f"06_train.py ({stem})": made["args"] for stem, made in run.trainings.items() if stem != "06"}
+    found = [item for record in run.records.values() for item in record.get("versions", {}).items()]
+    versions = list(dict.fromkeys(f"{package} {version}" for package, version in found))
+    without = [f"{stage[:2]}_args.json" for stage, record in run.records.items() if not record]
+    facts = {"versions": versions, "without": without, "model": run.model, "judge": run.judge}
+    return facts | {"definitions": shared.definitions(run.scored_by), "arguments": arguments}
+
+
+def show_funnel(run: Run, args: Args) -> dict:
+    lines, answers = funnel(run), run.candidates.values()
     most = max([count for _, count, kind in lines if kind != "other"], default=0) or 1
-    rows = []
-    for label, count, kind in lines:
-        bar = share = None
-        if kind != "other":
-            colour = "c0" if kind == "prompts" else "c1"
-            box = h("rect", width=at(100 * count / most), height="10", class_=colour)
-            shape = {"viewBox": "0 0 100 10", "preserveAspectRatio": "none", "aria_hidden": "true"}
-            bar = h("svg", box, class_="meter", **shape)
-            share = percent(count / most)
-        rows.append(["− " + label if kind == "dropped" else label, count, share or "", bar or ""])
-    answers = candidate_scores(run.answers())
-    total, read = sum(map(len, answers.values())), len(read_of(answers))
-    parts = [table("From prompts to training steps", ["", "count", "share", ""], rows)]
-    parts.append(h("p", f"{total} answers to {len(answers)} prompts, {read} of them scored."))
-    if run.missing:
-        said = "; ".join(dict.fromkeys(run.missing.values()))
-        parts.append(h("p", f"Missing: {said}.", class_="note"))
-    return parts
+    lines = [(*line, percent(line[1] / most), f"{100 * line[1] / most:.4g}") for line in lines]
+    facts = {"answers": sum(map(len, answers)), "read": len(read_of(run.candidates)), "prompts": len(answers)}
+    return facts | {"lines": lines, "missing": list(dict.fromkeys(run.missing.values()))}
 
 
-def show_scores(run: Run, args: Args) -> list[Html]:
-    rows = run.answers()
-    groups = {"candidates": candidate_scores(rows), "refined": refined_scores(rows)}
+def show_scores(run: Run, args: Args) -> dict:
+    groups = {"candidates": run.candidates, "refined": run.refined}
     read = {name: read_of(group) for name, group in groups.items() if read_of(group)}
     if not read:
-        return [absent(run, "02_scores.jsonl", "03_refined.jsonl")]
-    kept = {id for id, fate in fates(run).items() if fate == "kept"}
-    if kept:
-        for name in ("candidates", "refined"):
-            groups[f"{name}, kept prompts"] = {id: g for id, g in groups[name].items() if id in kept}
-    means = {name: shared.prompt_means(group) for name, group in groups.items()}
-    both = [id for id in means["refined"] if id in means["candidates"]]
+        return absent(run, "02_scores.jsonl", "03_refined.jsonl")
+    if "kept" in run.fates.values():
+        for name, group in list(groups.items()):
+            groups[f"{name}, kept prompts"] = {id: of for id, of in group.items() if run.fates.get(id) == "kept"}
+    means = {name: prompt_means(group, len(run.names)) for name, group in groups.items()}
     lines = []
     for name, group in groups.items():
-        answers = sum(map(len, group.values()))
-        cells = [mean_interval([mean[axis] for mean in means[name].values()]) for axis in range(len(run.names))]
-        lines.append([name, len(means[name]), f"{len(read_of(group))} of {answers}", *cells])
-    gains = [np.subtract(means["refined"][id], means["candidates"][id]) for id in both]
-    cells = [mean_interval([float(gain[axis]) for gain in gains]) for axis in range(len(run.names))]
-    lines.append(["refined − candidates, same prompt", len(both), "", *cells])
-    parts = [table("Mean score [95 % interval]", ["", "prompts", "answers scored", *run.names], lines)]
-    note = "Means of prompts' means; intervals by the percentile bootstrap over prompts, 10,000 draws."
-    parts.append(h("p", note, class_="small"))
-    mixed = [[*groups["refined"][id], scores] for id in groups["refined"] for scores in groups["candidates"][id]]
-    ties = [["a prompt's candidates", percent(common.tie_rate(list(groups["candidates"].values())))]]
+        scored = f"{len(read_of(group))} of {sum(map(len, group.values()))}"
+        lines.append([name, len(means[name]), scored, *mean_intervals(means[name])])
+    gain = gains(means["refined"], means["candidates"])
+    lines.append(["refined − candidates, same prompt", len(gain), "", *mean_intervals(gain)])
+    mixed = [[*run.refined[id], scores] for id in run.refined for scores in run.candidates[id]]
+    ties = [["a prompt's candidates", percent(common.tie_rate(list(run.candidates.values())))]]
     ties.append(["a refined answer and a candidate", percent(common.tie_rate(mixed))])
-    parts.append(table("Ties: pairs with equal scores on every axis", ["pairs of", "tied"], ties))
-    whole = all(score == int(score) for scores in read.values() for pair in scores for score in pair)
-    charts, counted = [], []
+
+    whole = all(score == int(score) for scores in read.values() for one in scores for score in one)
+    charts = []
     for axis, name in enumerate(run.names):
-        values = {group: [pair[axis] for pair in scores] for group, scores in read.items()}
-        everything = [value for group in values.values() for value in group]
-        bins, ticks = bins_of([*everything, *range(1, 11)] if whole else everything)
-        counts = {group: count_in(bins, scores) for group, scores in values.items()}
-        shares = {group: [100 * n / len(values[group]) for n in column] for group, column in counts.items()}
-        charts.append(bar_chart(f"{name} scores", bins, shares, "score", "% of the answers", ticks))
-        lines = [[one[2], *(column[i] for column in counts.values())] for i, one in enumerate(bins)]
-        counted.append(table(f"{name}: answers by score", ["score", *counts], lines))
-    return [*parts, h("div", *charts, class_="charts"), folded("Counts", *counted)]
+        values = {group: [one[axis] for one in scores] for group, scores in read.items()}
+        bins = bins_of([*itertools.chain(*values.values()), *((1, 10) if whole else ())])
+        charts.append(bars(run, f"{name} scores", "score", values, "answers", share=True, bins=bins))
+    tables = [table("Mean score [95 % interval]", ["", "prompts", "answers scored", *run.names], lines)]
+    tables.append(table("Ties: pairs with equal scores on every axis", ["pairs of", "tied"], ties))
+    return section(charts, tables)
 
 
-def show_scatter(run: Run, args: Args) -> list[Html]:
-    rows = run.answers()
-    points = []  # (series, id, place, scores)
-    for row in rows:
-        points += [(0, str(row["id"]), i, one.get("scores")) for i, one in enumerate(row["responses"])]
-        points += [(1, str(row["id"]), -1, row["refined"]["scores"])] if "refined" in row else []
-    points = [(*point[:3], point[3][:2]) for point in points if point[3] is not None]
-    if not points:
-        return [absent(run, "02_scores.jsonl", "03_refined.jsonl")]
-    whole = all(score == int(score) for *_, scores in points for score in scores)
-    spans, ticks = [], []
-    for values in zip(*(scores for *_, scores in points), strict=True):
-        low, high = math.floor(min(values)), math.ceil(max(values))
-        spans.append((low - 0.5, high + 0.5) if whole or low == high else (low, high))
-        ticks.append(labelled([t for t in nice_ticks(low, high, 11) if not whole or t == int(t)]))
-    drawn = sorted(points, key=lambda point: common.derive_seed(args.seed, *point[:3]))[:MOST_POINTS]
+def show_scatter(run: Run, args: Args) -> dict:
+    groups = (("candidates", run.candidates), ("refined", run.refined))
+    points = [(kind, *scores[:2]) for kind, group in groups for scores in read_of(group)]
+    points = pd.DataFrame(points, columns=["kind", "x", "y"])
+    if points.empty:
+        return absent(run, "02_scores.jsonl", "03_refined.jsonl")
+    lines = [[kind, len(of), *map(round_half_up, of[["x", "y"]].mean())] for kind, of in points.groupby("kind")]
+    drawn = points.sample(min(len(points), MOST_POINTS), random_state=args.seed).sort_index()
+    if whole := bool((points[["x", "y"]] % 1 == 0).all(axis=None)):  # on a grid, so moved apart
+        drawn[["x", "y"]] += np.random.default_rng(args.seed).uniform(-0.3, 0.3, (len(drawn), 2))
 
-    def draw(px, py):
-        shapes = []
-        for series, id, place, (a, b) in sorted(drawn, key=lambda point: point[0]):  # the refined ones on top
-            if whole:
-                spread = common.derive_seed(args.seed, "jitter", id, place)
-                a, b = a + (spread % 1000 / 999 - 0.5) * 0.6, b + (spread // 1000 % 1000 / 999 - 0.5) * 0.6
-            shapes.append(marker(px(a), py(b), series, 2.6))
-        return shapes
+    def draw(axes):
+        for i, (kind, of) in enumerate(drawn.groupby("kind")):
+            marks = {"linestyle": "", "marker": "oD"[i], "markersize": 5, "alpha": 0.75, "markeredgewidth": 0}
+            axes.plot(of.x, of.y, color=SERIES[i], label=kind, clip_on=False, **marks)
+        primary, secondary = (shared.visible(name)[:40] for name in run.names[:2])
+        axes.set(xlabel=f"{primary} (primary)", ylabel=f"{secondary} (secondary)")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(11, integer=whole, steps=[1, 2, 5, 10]))
 
+    says = "; ".join(f"{count} {name}, mean {a} and {b}" for name, count, a, b in lines)
+    shown = {"figures": [picture(run, "Each answer's two scores", says, draw)]}
+    shown |= {"whole": whole, "number": len(points), "drawn": len(drawn), "objectives": len(run.names)}
+    return section([], [table("Mean over answers", ["", "answers", *run.names[:2]], lines)]) | shown
+
+
+def show_det(run: Run, args: Args) -> dict:
+    if not run.dets:
+        return absent(run, "02_scores.jsonl", "04_denoised.jsonl")
+    fate = {id: run.fates.get(id, "not filtered") for id in run.dets}
+    fate = {id: of if of in ("kept", "not filtered") else "dropped" for id, of in fate.items()}
+    names = [name for name in ("kept", "dropped", "not filtered") if name in fate.values()]
+    groups = {name: [det for id, det in run.dets.items() if fate[id] == name] for name in names}
+    rho, least = run.argument("04_denoise", "rho"), run.argument("04_denoise", "det_min") or 0
+    # bins are half decades, and one for 0, which no logarithm has
+    positive = [det for det in (*run.dets.values(), rho or 0) if det > 0] or [1.0]
+    low, high = (math.floor(2 * math.log10(end)) for end in (min(positive), max(positive)))
+    edges = [0, *(10 ** (k / 2) for k in range(low, high + 2))]
+    edges[1] = min(edges[1], *positive)  # binary dust
+    labels = ["0", *(f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(edges[1:]))]
+    rules = [(value, f"{name} = {value:g}") for name, value in (("ρ", rho), ("det_min", least)) if value]
+    title, label = "det Σ of a prompt's candidates", "det Σ (logarithmic; 0 apart)"
+    chart = bars(run, title, label, groups, "prompts", rules=rules, bins=(edges, labels), linear=edges[1])
     lines = []
-    for series, name in enumerate(("candidates", "refined")):
-        scores = [point[3] for point in points if point[0] == series]
-        if scores:
-            lines.append([name, len(scores), *(round_half_up(float(v)) for v in np.mean(scores, axis=0))])
-    says = "; ".join(f"{line[1]} {line[0]}, mean {line[2]} and {line[3]}" for line in lines)
-    labels = (f"{run.names[0]} (primary)", f"{run.names[1]} (secondary)")
-    keys = [(marker(6, 6, i, 4.5), line[0]) for i, line in enumerate(lines)]
-    figure = chart("Each answer's two scores", says, *spans, draw, *labels, *ticks, keys)
-    notes = ["The further up and to the right, the better."]
-    if whole:
-        notes.append("Integer scores lie on a grid: each point is moved by up to 0.3 on each axis.")
-    if len(drawn) < len(points):
-        notes.append(f"{len(drawn)} of the {len(points)} points are drawn, chosen by hash.")
-    if len(run.names) > 2:
-        notes.append(f"Of {len(run.names)} objectives the first two are shown.")
-    means = table("Mean over answers", ["", "answers", *run.names[:2]], lines)
-    return [h("div", figure, class_="charts"), h("p", " ".join(notes), class_="small"), means]
-
-
-def show_det(run: Run, args: Args) -> list[Html]:
-    found, fate = dets(run), fates(run)
-    if not found:
-        return [absent(run, "02_scores.jsonl", "04_denoised.jsonl")]
-    rho, least = run.argument("04_denoise", "rho"), run.argument("04_denoise", "det_min", 0)
-    groups = {"kept": [], "dropped": [], "not filtered": []}
-    for id, det in found.items():
-        groups["not filtered" if id not in fate else "kept" if fate[id] == "kept" else "dropped"].append(det)
-    groups = {name: values for name, values in groups.items() if values}
-    bins, ticks, place = det_bins(list(found.values()), rho)
-    series = {}
-    for name, values in groups.items():
-        places = Counter(map(place, values))
-        series[name] = [places[i] for i in range(len(bins))]
-    rules = [("x", math.log10(rho), f"ρ = {rho:g}")] if rho else []
-    rules += [("x", math.log10(least), f"det_min = {least:g}")] if least and least > 0 else []
-    title = "det Σ of a prompt's candidates"
-    figure = bar_chart(title, bins, series, "det Σ (logarithmic; 0 apart)", "prompts", ticks, True, rules)
-    lines = []
-    for name, values in {**groups, "all": list(found.values())}.items():
-        quantiles = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
-        above = sum(value > rho for value in values) if rho else None
-        zero = sum(value == 0 for value in values)
-        lines.append([name, len(values), *(f"{value:.3g}" for value in quantiles), zero, number(above)])
+    for name, values in {**groups, "all": list(run.dets.values())}.items():
+        above = number(sum(value > rho for value in values) if rho else None)
+        quantiles = [f"{value:.3g}" for value in np.quantile(values, [0, 0.25, 0.5, 0.75, 1])]
+        lines.append([name, len(values), *quantiles, values.count(0), above])
     header = ["prompts", "number", "least", "quarter", "median", "three quarters", "most", "zero", "above ρ"]
-    options = [run.argument("04_denoise", "cov_scope", "candidates"), run.argument("04_denoise", "ddof", 0)]
-    how = "population" if options[1] == 0 else "sample"
-    scope = "the candidates and the refined answer" if options[0] == "all" else "the candidates"
-    bound = f" Stage 4 keeps {least:g} < det Σ ≤ ρ = {rho:g}." if rho else " ρ is not known: no 04_args.json."
-    if run.argument("04_denoise", "informativeness") is False:
-        bound = " The informativeness filter was off."
-    note = f"Equation 1, {how} covariance over {scope} that have scores.{bound}"
-    counts = [[one[2], *(values[i] for values in series.values())] for i, one in enumerate(bins)]
-    return [
-        h("div", figure, class_="charts"),
-        h("p", note, class_="small"),
-        table("det Σ", header, lines),
-        folded("Counts", table("Prompts by det Σ", ["det Σ", *series], counts)),
-    ]
+    options = {name: run.argument("04_denoise", name) for name in ("ddof", "cov_scope", "informativeness")}
+    return section([chart], [table("det Σ", header, lines)]) | {"rho": rho, "least": least} | options
 
 
-def show_pairs(run: Run, args: Args) -> list[Html]:
-    pairs = run.rows.get("05_pairs.jsonl")
-    if not pairs:
-        return [absent(run, "05_pairs.jsonl")]
-    gaps, margins = [pair["gap"] for pair in pairs], [pair["margin"] for pair in pairs]
-    alpha, weights = weights_of(run)
-    lower = sum(
-        round(sum(pair["chosen_scores"]) - sum(pair["rejected_scores"]), 9) < 0
-        for pair in pairs
-        if pair.get("chosen_scores") and pair.get("rejected_scores")
-    )
-    delta, share = run.argument("05_pairs", "delta"), len(pairs)
-    lines = [
-        ["pairs", len(pairs)],
-        ["prompts with pairs", len({str(pair["id"]) for pair in pairs})],
-        ["mean margin", number(sum(margins) / share)],
-        ["mean gap", number(sum(gaps) / share)],
-        ["gap 0 (weight 0 in SPA)", f"{gaps.count(0)} ({percent(gaps.count(0) / share)})"],
-        ["the preferred answer has the lower total", f"{lower} ({percent(lower / share)})"],
-    ]
-    series = [("Margins", margins, "sum of |ΔG|", [("x", delta, f"δ = {delta:g}")] if delta else [])]
-    series.append(("Gaps", gaps, "|Δ of the sum of G|", []))
-    if weights:
-        lines.append([f"largest weight, α = {alpha:g}", number(max(weights))])
-        lines.append(["effective sample size (Σw)² / Σw²", percent(effective_share(weights))])
-        series.append((f"Weights, α = {alpha:g}", weights, "(gap / mean gap)^α", [("x", 1, "mean gap")]))
-    charts, counts = [], []
-    for title, values, label, rules in series:
-        bins, ticks = bins_of(values)
-        heights = count_in(bins, values)
-        charts.append(bar_chart(title, bins, {"pairs": heights}, label, "pairs", ticks, rules=rules))
-        rows = [[one[2], count] for one, count in zip(bins, heights, strict=True)]
-        counts.append(table(f"{title}: {label}", ["", "pairs"], rows))
-    notes = ["The margin decides by δ if a pair is one, the gap its weight."]
-    trained = run.records["06_train"].get("args", {})
-    if not trained:
-        notes.append("α is not known (no 06_args.json): 1 is taken.")
-    elif trained.get("loss", "spa") != "spa":
-        notes.append(f"The training's loss was {trained['loss']}, which does not use these weights.")
-    elif trained.get("gap_mean") == "batch" or trained.get("eval_fraction"):
-        notes.append("The mean gap here is that of all pairs; the training's was that of its batches or its part.")
-    notes += [] if weights else ["Every gap is 0, so no weight is defined."]
-    return [
-        h("div", *charts, class_="charts"),
-        h("p", " ".join(notes), class_="small"),
-        table("All pairs", ["", "number"], lines),
-        folded("Counts", *counts),
-    ]
+def show_pairs(run: Run, args: Args) -> dict:
+    if not run.pairs:
+        return absent(run, "05_pairs.jsonl")
+    margins, gaps = ([float(pair[name]) for pair in run.pairs] for name in ("margin", "gap"))
+    totals = [[sum(pair.get(f"{side}_scores") or []) for side in ("chosen", "rejected")] for pair in run.pairs]
+    zero, lower = gaps.count(0), sum(round(chosen - rejected, 9) < 0 for chosen, rejected in totals)
+    lines = [["pairs", len(gaps)], ["prompts with pairs", len({str(pair["id"]) for pair in run.pairs})]]
+    lines += [["mean margin", number(float(np.mean(margins)))], ["mean gap", number(float(np.mean(gaps)))]]
+    lines.append(["gap 0 (weight 0 in SPA)", f"{zero} ({percent(zero / len(gaps))})"])
+    lines.append(["the preferred answer has the lower total", f"{lower} ({percent(lower / len(gaps))})"])
+    delta, w = run.argument("05_pairs", "delta"), np.array(run.weights)
+    rules = [(delta, f"δ = {delta:g}")] if delta else []
+    charts = [bars(run, "Margins", "sum of |ΔG|", {"pairs": margins}, "pairs", rules=rules)]
+    charts.append(bars(run, "Gaps", "|Δ of the sum of G|", {"pairs": gaps}, "pairs"))
+    if len(w):
+        lines.append([f"largest weight, α = {run.alpha:g}", number(float(w.max()))])
+        lines.append(["effective sample size (Σw)² / Σw²", percent(w.sum() ** 2 / (w**2).sum() / len(w))])
+        title, rules = f"Weights, α = {run.alpha:g}", [(1, "mean gap")]
+        charts.append(bars(run, title, "(gap / mean gap)^α", {"pairs": run.weights}, "pairs", rules=rules))
+    facts = {"trained": run.records["06_train"].get("args", {}), "weighted": len(w) > 0}
+    return section(charts, [table("All pairs", ["", "number"], lines)]) | facts
 
 
-def weights_of(run: Run) -> tuple[float, list[float]]:
-    """(α of the training, or 1; the weight of each pair)."""
-    alpha = run.argument("06_train", "alpha", 1.0)
-    return alpha, pair_weights([pair["gap"] for pair in run.rows.get("05_pairs.jsonl", [])], alpha)
-
-
-def show_training(run: Run, args: Args) -> list[Html]:
+def show_training(run: Run, args: Args) -> dict:
     if not run.trainings:
-        return [absent(run, "06_metrics.jsonl")]
-    parts = []
-    for stem, (record, metrics) in run.own_first.items():
-        given, steps, measured = record.get("args", {}), step_rows(metrics), measured_rows(metrics)
-        head = f"{stem}: {len(steps)} steps, loss {given.get('loss', 'not recorded')}"
-        if not record.get("complete", True):
-            head += ", not finished"
-        parts.append(h("p", h("strong", head)))
-        gamma = None
-        if given.get("loss") in ("spa", "simpo") and given.get("beta") is not None:
-            gamma = given["beta"] * given.get("gamma_beta_ratio", 0)
-        charts = [curve(name, steps, measured, gamma if name == "rewards/margins" else None) for name in CURVES]
-        parts.append(h("div", *(one for one in charts if one), class_="charts"))
-        held_out = any(name.startswith("eval/") for row in metrics for name in row)
-        if measured:
-            ends, header = [measured[0]], ["", "before"]
-            if measured[-1]["step"] > measured[0]["step"]:
-                ends, header = [measured[0], measured[-1]], ["", "before", "after", "change"]
-            lines = []
-            for name in measured[0]:
-                if name not in ("step", "epoch"):
-                    cells = [row.get(name) for row in ends]
-                    change = [cells[1] - cells[0]] if len(ends) == 2 and all(map(is_number, cells)) else []
-                    lines.append([name, *map(number, cells + change)])
-            over = "held-out" if held_out else "training"
-            parts.append(table(f"Over a fixed set of {over} prompts ({stem})", header, lines))
-        if steps:
+        return absent(run, "06_metrics.jsonl")
+    trainings = run.trainings.values()
+    lines = {"training loss": [plain(made["args"].get("loss")) for made in trainings]}
+    for name in dict.fromkeys(key for made in trainings for key in made["args"]):
+        given = [plain(made["args"].get(name)) for made in trainings]
+        if name != "loss" and not name.endswith("dir") and len(set(given)) > 1:  # what tells the trainings apart
+            lines[name] = given
+    lines["steps"] = [f"{len(made['steps'])}{'' if made['complete'] else ', not finished'}" for made in trainings]
+    lines["measured over"] = ["held-out prompts" if made["held_out"] else "training prompts" for made in trainings]
+    for name in dict.fromkeys(name for made in trainings for row in made["fixed"][:1] for name in row):
+        if name not in ("step", "epoch"):
+            lines[name] = [before_after(made["fixed"], name) for made in trainings]
+    rows, folded = [[name, *cells] for name, cells in lines.items()], []
+    for stem, made in run.trainings.items():
+        if steps := made["steps"]:
             names = list(dict.fromkeys(name for row in steps for name in row if is_number(row[name])))
             every = math.ceil(len(steps) / MOST_STEPS)
-            lines = [[number(row.get(name)) for name in names] for row in steps[::every]]
-            caption = "Metrics by step" + (f", one in {every}" if every > 1 else "")
-            parts.append(folded(f"Steps ({stem})", table(caption, names, lines)))
-    return parts
+            caption = f"Metrics by step ({stem})" + (f", one in {every}" if every > 1 else "")
+            cells = [[number(row.get(name)) for name in names] for row in steps[::every]]
+            folded.append((f"Steps ({stem})", [table(caption, names, cells)]))
+    tables = [table("Over a fixed set of prompts, before → after training", ["", *run.trainings], rows)]
+    return {"figures": [f for name in CURVES if (f := curve(run, name))], "tables": tables, "folded": folded}
 
 
-def curve(name: str, steps: list[dict], measured: list[dict], gamma: float | None) -> Html | None:
-    """A metric over the steps, and where it was measured over fixed prompts; None if no row has it."""
-    series = []
-    for rows in (steps, measured):
-        series.append([(row["step"], row[name]) for row in rows if is_number(row.get(name))])
-    points = [point for line in series for point in line]
-    if not points:
+def curve(run: Run, name: str) -> dict | None:
+    """A metric of all trainings over the steps, and over fixed prompts with a marker; None if no training has it."""
+    lines, gammas = [], set()
+    for i, (stem, made) in enumerate(run.trainings.items()):
+        given = made["args"]
+        if name == "rewards/margins" and given.get("loss") in ("spa", "simpo") and given.get("beta") is not None:
+            gammas.add(given["beta"] * given.get("gamma_beta_ratio", 0))
+        for kind, rows in (("steps", made["steps"]), ("fixed prompts", made["fixed"])):
+            if points := [(row["step"], row[name]) for row in rows if is_number(row.get(name))]:
+                fixed = kind == "fixed prompts"
+                colour = SERIES[(i if len(run.trainings) > 1 else fixed) % len(SERIES)]
+                shape = (
+                    {"marker": "D", "markersize": 5, "linestyle": "--"} if fixed else {"marker": "o", "markersize": 3}
+                )
+                shape |= {} if len(points) <= 60 else {"marker": ""}
+                label = f"{stem}, {kind}" if len(run.trainings) > 1 else kind
+                lines.append((points, {"color": colour, "label": label, **shape}))
+    if not lines:
         return None
-    values = [y for _, y in points] + ([] if gamma is None else [gamma])
-    values += [0.0, 1.0] if name == "rewards/accuracies" else []
-    low, high = min(values), max(values)
-    pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    low, high = low - pad, high + pad
-    last = max(x for x, _ in points)
 
-    def draw(px, py):
-        shapes = []
-        for i, line in enumerate(series):
-            place = " ".join(f"{at(px(x))},{at(py(y))}" for x, y in line)
-            if len(line) > 1:
-                shapes.append(h("polyline", points=place, class_=f"line s{i}"))
-            if len(line) <= 60:
-                shapes += [marker(px(x), py(y), i, 3 if i else 2.2) for x, y in line]
-        return shapes
+    def draw(axes):
+        for points, style in lines:
+            axes.plot(*np.transpose(points), linewidth=1.5, **style)
+        for gamma in sorted(gammas):
+            axes.axhline(gamma, color=AXES, linestyle="--")
+            axes.text(1, gamma, f"γ = {gamma:g}", transform=axes.get_yaxis_transform(), ha="right", va="bottom")
+        if name == "rewards/accuracies":
+            axes.set_ylim(-0.05, 1.05)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 
-    says = []
-    for label, line in zip(("steps", "fixed prompts"), series, strict=True):
-        for (x, y), (end, value) in [(line[0], line[-1])] if line else []:
-            says.append(f"{label}: {number(y)} at step {x}, {number(value)} at step {end}")
-    steps_range = (0, max(last, 1))
-    x_ticks = labelled([tick for tick in nice_ticks(*steps_range, 7) if tick == int(tick)])
-    y_ticks = labelled(nice_ticks(low, high, 5))
-    rules = [] if gamma is None else [("y", gamma, f"γ = {gamma:g}")]
-    keys = [(marker(6, 6, i, 4.5), label) for i, label in enumerate(("each step", "fixed prompts"))]
-    keys = keys if series[1] else []
-    ranges = (steps_range, (low, high))
-    return chart(name, ". ".join(says), *ranges, draw, "step", "", x_ticks, y_ticks, keys, rules)
+    ends = [(style["label"], *points[0], *points[-1]) for points, style in lines]
+    says = [f"{label}: {number(a)} at step {first}, {number(b)} at step {last}" for label, first, a, last, b in ends]
+    return picture(run, name, ". ".join(says), draw)
 
 
-def show_prompts(run: Run, args: Args, level: int) -> list[Html]:
-    rows, fate, found = run.answers(), fates(run), dets(run)
-    if not rows:
-        return [absent(run, "01_samples.jsonl")]
-    _, weights = weights_of(run)
-    pairs: dict[str, list] = {}
-    for place, pair in enumerate(run.rows.get("05_pairs.jsonl", [])):
-        pairs.setdefault(str(pair["id"]), []).append((pair, weights[place] if weights else None))
-    drawn = sorted(rows, key=lambda row: common.derive_seed(args.seed, row["id"]))[: args.prompts]
-    parts = [h("p", f"{len(drawn)} of {len(rows)} prompts, drawn by hash with seed {args.seed}.", class_="small")]
-    for row in drawn:
-        id = str(row["id"])
-        verdict = fate.get(id, "not filtered")
-        name = verdict if verdict in ("kept", "not filtered") else f"dropped: {verdict}"
-        badge = h("span", name, class_="badge kept" if verdict == "kept" else "badge")
-        why = [REASONS[verdict]] if verdict in REASONS else []
-        why += [f"det Σ {found[id]:.3g}"] if id in found else []
-        members = [(f"answer {i}", response) for i, response in enumerate(row["responses"], 1)]
-        members += [("refined", row["refined"])] if "refined" in row else []
-        label_of: dict[str, str] = {}
-        for label, member in members:
-            label_of.setdefault(member["text"], label)
-        listed = []
-        for label, member in members:
-            said = [h("strong", label), " ", said_scores(member.get("scores"), run.names)]
-            said += [" · under a system prompt"] if member.get("system") else []
-            listed.append(h("li", h("p", *said, class_="who"), passage(member["text"])))
-        lines = []
-        for pair, weight in pairs.get(id, []):
+def choose(rows: list[dict], args: Args) -> list[dict]:
+    """The rows of --ids in their order, else drawn ones."""
+    if args.ids:
+        by_id = {str(row["id"]): row for row in rows}
+        return [by_id[id] for id in dict.fromkeys(args.ids) if id in by_id]
+    return sorted(rows, key=lambda row: common.derive_seed(args.seed, row["id"]))[: args.prompts]
+
+
+def scores_of(response: dict, names: list[str]) -> str:
+    if response.get("scores") is None:
+        return "no score"
+    rounded = [score if isinstance(score, int) else round_half_up(score) for score in response["scores"]]
+    return ", ".join(f"{name} {score}" for name, score in zip(names, rounded, strict=True))
+
+
+def show_prompts(run: Run, args: Args) -> dict:
+    if not run.answers:
+        return absent(run, "01_samples.jsonl")
+    pairs, shown = defaultdict(list), []
+    for pair, weight in itertools.zip_longest(run.pairs, run.weights):
+        pairs[str(pair["id"])].append((pair, weight))
+    for row in choose(run.answers, args):
+        answers = {f"answer {i}": response for i, response in enumerate(row["responses"], 1)}
+        answers |= {"refined": row["refined"]} if "refined" in row else {}
+        label_of = {answer["text"]: label for label, answer in reversed(answers.items())}  # of equal texts the first
+        id, lines = str(row["id"]), []
+        for pair, weight in pairs[id]:
             sides = [label_of.get(pair[side][-1]["content"], "another text") for side in ("chosen", "rejected")]
             lines.append([" > ".join(sides), number(pair["margin"]), number(pair["gap"]), number(weight)])
-        end = table(f"Pairs of {id}", ["chosen > rejected", "margin", "gap", "weight"], lines) if lines else None
-        if "05_pairs.jsonl" in run.rows and not lines:
-            end = h("p", "No pair.", class_="small")
-        heading = h(f"h{level}", id, " ", badge)
-        asked = h("div", passage(common.plain_text(row["prompt"])), class_="asked")
-        parts.append(
-            h("article", heading, h("p", "; ".join(why), class_="small") if why else None, asked, h("ul", *listed), end)
-        )
-    return parts
+        prompt = {"id": id, "asked": common.plain_text(row["prompt"]), "answers": answers, "names": run.names}
+        prompt |= {"fate": run.fates.get(id, "not filtered"), "det": run.dets.get(id)}
+        paired = table(f"Pairs of {id}", ["chosen > rejected", "margin", "gap", "weight"], lines)
+        shown.append(prompt | {"pairs": paired if "05_pairs.jsonl" in run.rows else None})
+    return {"shown": shown, "number": len(run.answers)}
 
 
-def said_scores(scores: list | None, names: list[str]) -> str:
-    if scores is None:
-        return "no score"
-    return ", ".join(
-        f"{name} {score if isinstance(score, int) else round_half_up(score)}"
-        for name, score in zip(names, scores, strict=True)
-    )
+def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
+    """Of each test set the systems' mean scores, and their answers to the same prompts; the first is the base."""
+    sets = []
+    for test_set, (base, *others) in shared.by_test_set(runs).items():
+        names, shown = base.objectives, []
+        means = {run.name: prompt_means(run.groups(), len(names)) for run in (base, *others)}
+        for run in others:
+            shared.shared_ids(base, run)  # an id is the same prompt in both
+            means[f"{run.name} − {base.name}"] = gains(means[run.name], means[base.name])
+        lines = [[name, len(of), *mean_intervals(of)] for name, of in means.items()]
+        first = {run.name: {row["id"]: row["responses"][0] for row in run.rows} for run in (base, *others)}
+        for row in choose([row for row in base.rows if all(row["id"] in of for of in first.values())], args):
+            answers = {name: of[row["id"]] for name, of in first.items()}
+            prompt = {"id": row["id"], "asked": common.plain_text(row["prompt"]), "answers": answers, "names": names}
+            shown.append(prompt | {"fate": "", "det": None, "pairs": None})
+        caption = f"{test_set or 'Test'} prompts: mean score [95 % interval]"
+        sets.append({"means": table(caption, ["", "prompts", *names], lines), "shown": shown})
+    return sets
 
-
-SECTIONS = (
-    ("setting", "Setting", show_setting),
-    ("funnel", "Funnel", show_funnel),
-    ("scores", "Scores", show_scores),
-    ("scatter", "Primary against secondary", show_scatter),
-    ("det", "Informativeness: det Σ", show_det),
-    ("pairs", "Pairs and weights", show_pairs),
-    ("training", "Training", show_training),
-)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page.
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fff; --ink: #1c2024; --soft: #5a626b; --line: #d9dde1; --wash: #f4f6f8;
-  --c0: COLOUR0; --c1: COLOUR1; --c2: COLOUR2;
-}
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #14171a; --ink: #e3e6e8; --soft: #a3abb3; --line: #383e45; --wash: #1e2226;
-  --c0: COLOUR5; --c1: COLOUR4;
-} }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
-body { font: 16px/1.55 system-ui, sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1, h2, h3, h4 { line-height: 1.25; margin: 2.2em 0 .6em; }
-h1 { font-size: 1.7rem; margin-top: 0; }
-h2 { font-size: 1.3rem; }
-h3 { font-size: 1.1rem; }
-h4 { font-size: 1rem; }
-a { color: var(--c0); }
-nav ul { padding-left: 1.1rem; margin: .3rem 0; }
-nav > ul { columns: 14rem; }
-dl { display: grid; grid-template-columns: minmax(7rem, 11rem) 1fr; gap: .4rem 1rem; margin: 0; }
-dt { color: var(--soft); }
-dd { margin: 0; }
-@media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
-.small, figcaption, .who { font-size: .875rem; }
-.small, .note { color: var(--soft); }
-.note { border-left: 3px solid var(--c1); padding-left: .7rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
-th, td { text-align: right; white-space: nowrap; }
-th { font-weight: 500; color: var(--soft); }
-tbody th { font-weight: 400; color: var(--ink); }
-tr > :first-child { text-align: left; white-space: normal; overflow-wrap: break-word; }
-tr > :first-child { min-width: 7.5rem; max-width: 22rem; }
-.charts { display: grid; gap: 1.2rem 2rem; margin: 1rem 0; }
-.charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-figure { margin: 0; }
-figure > svg { display: block; width: 100%; height: auto; }
-.key { margin-left: .9rem; color: var(--soft); white-space: nowrap; }
-.swatch { width: .75rem; height: .75rem; vertical-align: -.05rem; }
-.meter { width: clamp(3rem, 15vw, 9rem); height: .7rem; display: block; }
-svg text { font-size: 11px; fill: var(--soft); }
-.mid { text-anchor: middle; }
-.end { text-anchor: end; }
-.grid { stroke: var(--line); }
-.axis { stroke: var(--soft); }
-.rule { stroke: var(--ink); stroke-dasharray: 4 3; }
-.c0 { fill: var(--c0); }
-.c1 { fill: var(--c1); }
-.c2 { fill: var(--c2); }
-circle, path { fill-opacity: .75; }
-.bar.c1 { fill-opacity: .45; stroke: var(--c1); }
-.line { fill: none; stroke: var(--c0); stroke-width: 1.5; }
-.line.s1 { stroke: var(--c1); stroke-dasharray: 5 3; }
-details { margin: .3rem 0; }
-summary { cursor: pointer; }
-.text { white-space: pre-wrap; background: var(--wash); border-radius: 4px; padding: .5rem .7rem; }
-article { border-top: 1px solid var(--line); margin-top: 1.5rem; }
-article > :first-child { margin-top: 1rem; }
-article ul { list-style: none; padding: 0; }
-.who { margin: .8rem 0 .2rem; }
-.asked { border-left: 3px solid var(--c0); }
-.asked .text, .asked summary { background: none; padding: .1rem .7rem; }
-.badge { font-size: .8rem; font-weight: 500; padding: 0 .6rem; }
-.badge { border: 1px solid var(--c1); border-radius: 1rem; }
-.badge.kept { border-color: var(--c0); }
-"""
-for _i, _colour in enumerate(shared.COLOURS):
-    STYLE = STYLE.replace(f"COLOUR{_i}", _colour)
+SECTIONS = {"setting": show_setting, "funnel": show_funnel, "scores": show_scores, "scatter": show_scatter}
+SECTIONS |= {"det": show_det, "pairs": show_pairs, "training": show_training, "prompts": show_prompts}
 
 
-def build_page(runs: list[Run], args: Args) -> str:
-    """The whole page; one section a run, and the numbers that compare them on top."""
-    title = "SPA run " + runs[0].name if len(runs) == 1 else f"SPA: {len(runs)} runs"
-    level = 2 if len(runs) == 1 else 3
-    numbers = [key_numbers(run) for run in runs]
-    labels = list(dict.fromkeys(label for one in numbers for label in one))
-    lines = [[label, *(one.get(label, "–") for one in numbers)] for label in labels]
-    body, contents = [], []
-    for i, run in enumerate(tqdm(runs, desc="report", unit="run")):
-        parts, links = [], []
-        sections = [(key, name, show(run, args)) for key, name, show in SECTIONS]
-        sections.append(("prompts", "Prompts in full", show_prompts(run, args, level + 1)))
-        for key, name, shown in sections:
-            anchor = f"run{i + 1}-{key}"
-            links.append(h("li", h("a", name, href=f"#{anchor}")))
-            parts.append(h("section", h(f"h{level}", name), *shown, id=anchor))
-        if len(runs) == 1:
-            body, contents = parts, links
-        else:
-            body.append(h("section", h("h2", run.name), *parts, id=f"run{i + 1}"))
-            contents.append(h("li", h("a", run.name, href=f"#run{i + 1}"), folded("sections", h("ul", *links))))
-    glance = h(
-        "section",
-        h("h2", "Key numbers"),
-        table("Means with 95 % intervals, and counts", ["", *(run.name for run in runs)], lines),
-    )
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    head = h(
-        "head",
-        h("meta", charset="utf-8"),
-        h("meta", http_equiv="Content-Security-Policy", content=policy),
-        h("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        h("title", title),
-        h("link", rel="icon", href="data:,"),
-        h("style", Html(STYLE)),
-    )
-    main = h("main", h("h1", title), h("nav", h("ul", *contents), aria_label="Contents"), glance, *body)
-    return "<!doctype html>\n" + h("html", head, h("body", main), lang="en")
-
-
-def choose_runs(args: Args) -> list[tuple[str, Path]]:
-    """(name, folder) of each run that is asked for; UserError if a name stands twice."""
-    if not args.runs:
-        return [(Path(args.run_dir).resolve().name, Path(args.run_dir))]
-    chosen = []
-    for spec in args.runs:
-        name, folder = shared.split_spec(spec)
-        chosen.append((name or Path(folder).resolve().name, Path(folder)))
-    twice = [name for name, count in Counter(name for name, _ in chosen).items() if count > 1]
-    check(not twice, f"--runs: '{' '.join(twice)}' twice; give each a NAME=DIR of its own")
-    return chosen
+def build_page(runs: list[Run], test_runs: list[shared.Run], args: Args) -> str:
+    """The whole page: the numbers that compare the runs on top, then one part a run."""
+    numbers, shown = pd.DataFrame({run.name: key_numbers(run) for run in runs}).fillna("–"), []
+    for i, run in enumerate(tqdm(runs, desc="report", unit="run"), 1):
+        shown.append({key: show(run, args) for key, show in SECTIONS.items()} | {"name": run.name, "anchor": f"run{i}"})
+    glance = table("Means with 95 % intervals, and counts", ["", *numbers], numbers.itertuples())
+    facts = {"tests": show_tests(test_runs, args), "whole": bool(args.ids), "seed": args.seed}
+    return shared.render_page(PAGE.name, runs=shown, numbers=glance, plain=plain, scores_of=scores_of, **facts)
 
 
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "prompts")
-    chosen = choose_runs(args)
-    runs = [read_run(name, folder) for name, folder in chosen]
-    if args.output:
-        output = Path(args.output)
-        check(not output.is_dir(), f"--output {output} is a folder; a file is wanted")
-        output.parent.mkdir(parents=True, exist_ok=True)
-    elif args.runs:
-        output = shared.output_path(args.output_dir, "report.html")
-    else:
-        output = chosen[0][1] / "report.html"
-    shared.write_text(output, build_page(runs, args))
+    folders = shared.read_named(args.runs or [str(Path(args.run_dir).resolve())], "--runs", "NAME=DIR")
+    folders = folders if args.runs else dict.fromkeys(folders, args.run_dir)
+    runs = [read_run(name, Path(folder)) for name, folder in folders.items()]
+    test_runs = shared.read_runs(args.test_runs, per_set=True) if args.test_runs else []
+    rows = itertools.chain(*(run.answers for run in runs), *(run.rows for run in test_runs))
+    there = {str(row["id"]) for row in rows}
+    for id in args.ids or ():
+        check(id in there, f"--ids: no prompt has the id '{id}'; 01_samples.jsonl has them")
+    output = Path(args.output or Path(args.output_dir if args.runs else args.run_dir) / "report.html")
+    check(not output.is_dir(), f"--output {output} is a folder; a file is wanted")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shared.write_text(output, build_page(runs, test_runs, args))
     for run in runs:
         counts = {label: count for label, count, _ in funnel(run)}
-        said = [f"{len(run.answers())} prompts"]
-        said += [f"{counts[label]} {label}" for label in ("kept", "pairs") if label in counts]
+        said = [f"{len(run.answers)} prompts", *(f"{counts[key]} {key}" for key in ("kept", "pairs") if key in counts)]
         said += [f"{count} {label}" for label, count in counts.items() if label.startswith("training")]
         print(f"{run.name}: {', '.join(said)}")
         for reason in dict.fromkeys(run.missing.values()):

@@ -1,25 +1,29 @@
-"""What the evaluation scripts share: runs side by side, intervals over prompts, tables and figures.
-
-Imports nothing beyond numpy until a figure is drawn (matplotlib).
-"""
+"""What the evaluation scripts share: runs side by side, a judge that is asked again, intervals, tables and figures."""
 
 from __future__ import annotations
 
+import ast
+import base64
 import contextlib
-import csv
+import hashlib
 import importlib
+import math
+import re
 import sys
 import types
+import warnings
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-from common import UserError, arg, check
+from common import arg, check
 
 det_covariance = importlib.import_module("04_denoise").det_covariance  # equation 1 stands there, once
 # colours that are told apart also by people who are colour-blind; black last
@@ -61,6 +65,12 @@ class Run:
         """The scores of each prompt's responses, by id: k numbers or None each."""
         return {row["id"]: [response["scores"] for response in row["responses"]] for row in self.rows}
 
+    def means(self) -> pd.DataFrame:
+        """The mean scores of each prompt that has any: a row a prompt, a column an objective."""
+        means = prompt_means(self.groups())
+        check(means, f"{self.path}: no response has scores")
+        return pd.DataFrame.from_dict(means, orient="index", columns=self.objectives)
+
 
 def objective_names(made: dict[str, dict], k: int) -> list[str]:
     """The names of k objectives, from the records where they have as many; k = 0: as many as the records have."""
@@ -71,6 +81,12 @@ def objective_names(made: dict[str, dict], k: int) -> list[str]:
 def judge_name(args: dict) -> str | None:
     """Who scored for the arguments of a stage: a function, another judge, or the model itself."""
     return args.get("scorer") or args.get("judge_model") or args.get("model")
+
+
+def judge_content(record: dict) -> str:
+    """What a stage's record has of the content of its judge: trained again under the same name it is another one."""
+    inputs = record.get("inputs", {})
+    return inputs.get("--scorer") or inputs.get("--judge_model") or inputs.get("--model") or ""
 
 
 def definitions(args: dict) -> list[list[str]]:
@@ -86,6 +102,19 @@ def split_spec(spec: str) -> tuple[str, str]:
     ways = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(len(parts))]
     there = (way for way in ways if Path(way[1]).exists() or Path(way[1].removesuffix("+refined")).exists())
     return next(there, ways[min(1, len(parts) - 1)])
+
+
+def read_named(specs: list[str] | None, option: str, form: str) -> dict[str, str]:
+    """name -> path, of NAME=PATH or PATH each. UserError without any, or if a name stands twice."""
+    check(specs, f"{option}: at least one is wanted, {form} each")
+    found = {}
+    for spec in specs:
+        name, path = split_spec(spec)
+        name = name or Path(path).name
+        check(name and path, f"{option} {spec}: {form} is wanted")
+        check(name not in found, f"{option}: '{name}' twice; give each a {form} of its own")
+        found[name] = path
+    return found
 
 
 def read_run(spec: str) -> Run:
@@ -108,46 +137,57 @@ def read_run(spec: str) -> Run:
     return Run(name or path.name + "+refined" * refined, test_set, source, rows, made, record)
 
 
-def read_filtered(path: Path) -> list[dict]:
-    """The rows of 04_denoised.jsonl or 04_dropped.jsonl; the record's number of rows is of the first alone."""
-    rows = [(f"{path}, line {number}", line) for number, line in common.read_lines(path)] if path.exists() else []
-    rows = [(where, common.parse_json(line, where)) for where, line in rows]
-    for where, row in rows:
-        fits = isinstance(row, dict) and {"id", "prompt", "responses", "refined"} <= row.keys()
-        check(fits, f"{where}: not a row of 04_denoise.py; run that stage again")
-    return [row for _, row in rows]
-
-
-def read_runs(specs: list[str] | None, least: int = 1) -> list[Run]:
+def read_runs(
+    specs: list[str] | None, least: int = 1, per_set: bool = False, allow_differences: bool | None = None
+) -> list[Run]:
     """All runs, at least `least`; UserError if a name stands twice on a test set or the objectives differ.
 
-    What else may keep scores from comparing (judge, way of reading, template) is warned of.
+    per_set: each test set may have objectives of its own. What keeps scores from comparing is a UserError, and with
+    `allow_differences` a warning; None, for scripts that compare no scores: definitions refused, the rest warned of.
     """
     check(len(specs or []) >= least, f"--runs: at least {least} wanted; {RUN_HELP}")
     runs = [read_run(spec) for spec in specs]
-    seen, first = set(), runs[0]
-    for run in runs:
-        twice = f"--runs: '{run.name}' twice on one test set; give each a NAME=DIR of its own"
-        check((run.test_set, run.name) not in seen, twice)
-        seen.add((run.test_set, run.name))
-        differ = f"{run.path} was scored on {run.objectives}, {first.path} on {first.objectives}"
-        check(run.objectives == first.objectives, differ)
-        inputs = [one.record.get("inputs", {}) for one in (run, first)]
-        words = [one.get("constitution") for one in inputs]  # the definitions as the judge has read them
-        differ = f"{run.path} and {first.path} were scored under other definitions of the objectives; score one again"
-        check(None in words or words[0] == words[1], differ)
-    recorded = [run for run in runs if run.record]
-    ways = {
-        "judges": [run.judge for run in recorded],
-        "ways of reading scores": [run.record.get("scores_read") or run.args.get("score_mode") for run in recorded],
-        "judge prompts with and without the instruction": [run.args.get("with_instruction") for run in recorded],
-        "chat templates of the judge": [run.args.get("judge_chat_template") for run in recorded],
-    }
-    for what, values in ways.items():
-        if len(set(values)) > 1:
-            listed = ", ".join(f"{run.name}: {str(value)[:60]}" for run, value in zip(recorded, values, strict=True))
-            common.warn(f"several {what} ({listed}): their scores may not compare")
+    seen = [(run.test_set, run.name) for run in runs]
+    twice = next((run.name for run in runs if seen.count((run.test_set, run.name)) > 1), None)
+    check(twice is None, f"--runs: '{twice}' twice on one test set; give each a NAME=DIR of its own")
+    for group in by_test_set(runs).values() if per_set else [runs]:
+        for run in group:
+            differ = f"{run.path} was scored on {run.objectives}, {group[0].path} on {group[0].objectives}"
+            check(run.objectives == group[0].objectives, differ)
+    found = differences(runs)
+    if allow_differences is False:
+        check(not found, f"{'; '.join(found)}: score them alike, or pass --allow_differences")
+    if allow_differences is None:
+        other = "; ".join(text for text in found if text.startswith("several definitions"))
+        check(not other, f"{other}: score them alike")
+    for text in found:
+        common.warn(f"{text}: their scores may not compare")
     return runs
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """What keeps the scores of these runs from comparing, a text each; runs without a record are not looked at."""
+    ways: dict[str, dict] = {}  # what -> {name of a run: (value that must be the same, how it is shown)}
+    for run in (run for run in runs if run.record):
+        args, judge = run.args, judge_content(run.record)  # a judge is what is in its folder, wherever that lies
+        way = {
+            "judges": (judge or run.judge, f"{run.judge} {judge}".strip()),
+            "ways of reading scores": [run.record.get("scores_read") or args.get("score_mode")] * 2,
+            "judge prompts": [args.get("judge_template")] * 2,
+            "judge prompts with and without the instruction": [args.get("with_instruction")] * 2,
+            "chat templates of the judge": [args.get("judge_chat_template")] * 2,
+        }
+        damaged = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
+        with contextlib.suppress(*damaged):  # the definitions as the judge has read them
+            words = ast.literal_eval(run.record.get("inputs", {}).get("constitution", "[]"))
+            way |= {f"definitions of {name}": [text] * 2 for name, text in words}
+        for what, value in way.items():
+            ways.setdefault(what, {})[f"{run.test_set}:{run.name}".lstrip(":")] = value
+    found = {what: of_runs for what, of_runs in ways.items() if len({value for value, _ in of_runs.values()}) > 1}
+    shown = {
+        what: ", ".join(f"{run}: {str(text)[:60]}" for run, (_, text) in own.items()) for what, own in found.items()
+    }
+    return [f"several {what} ({text})" for what, text in shown.items()]
 
 
 def by_test_set(runs: list[Run]) -> dict[str, list[Run]]:
@@ -169,6 +209,34 @@ def shared_ids(one: Run, other: Run) -> list[str]:
         differ = f"{one.path} and {other.path}: id '{row['id']}' has two different prompts; compare equal sets"
         check(row["prompt"] == prompts[row["id"]], differ)
     return [row["id"] for row in shared]
+
+
+def scored_by_both(one: Run, other: Run) -> dict[str, list[tuple[list, list]]]:
+    """id -> both judges' scores of each response that both have scored. UserError if the responses differ."""
+    mine, theirs = ({row["id"]: row["responses"] for row in run.rows} for run in (one, other))
+    found = {}
+    for id in shared_ids(one, other):
+        same = [r["text"] for r in mine[id]] == [r["text"] for r in theirs[id]]
+        check(same, f"id '{id}': {one.path} and {other.path} have other responses")
+        pairs = [(a["scores"], b["scores"]) for a, b in zip(mine[id], theirs[id], strict=True)]
+        found[id] = [pair for pair in pairs if None not in pair]
+    return found
+
+
+def read_jsonl(path: Path, fields: set[str], maker: str):
+    """(where it stands, row) of each line of a JSONL file; UserError for one without these fields."""
+    for number, line in common.read_lines(path):
+        where = f"{path}, line {number}"
+        row = common.parse_json(line, where)
+        check(isinstance(row, dict) and fields <= row.keys(), f"{where}: {maker}")
+        yield where, row
+
+
+def read_filtered(path: Path) -> list[dict]:
+    """The rows of 04_denoised.jsonl or 04_dropped.jsonl; the record's number of rows is of the first alone."""
+    other = "not a row of 04_denoise.py; run that stage again"
+    fields = {"id", "prompt", "responses", "refined"}
+    return [row for _, row in read_jsonl(path, fields, other)] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,56 +288,69 @@ def open_judge(args: JudgeArgs, run: Run, stage: str, output: Path, **inputs):
     return record, judge, objectives
 
 
+def ask(judge: common.Engine, chats: list[list[dict]], seeds: list[int], read, longest: int) -> list[tuple]:
+    """(value, text, tries) of each question that is answered in free text: read(text) -> a value or None.
+
+    What can't be read is asked again with sampling, twice. (None, None, 0) where the judge has no room or refuses.
+    """
+    found: list[tuple] = [(None, None, 0)] * len(chats)
+    todo = [i for i, chat in enumerate(chats) if not common.too_long(judge, chat, judge.context - longest)]
+    for attempt in range(1 + common.JSON_RETRIES):
+        tries = [common.derive_seed(seeds[i], attempt) for i in todo]
+        sampling = {"temperature": 1.0 if attempt else 0.0, "max_new_tokens": longest}
+        answers = judge.complete([chats[i] for i in todo], tries, **sampling) if todo else []
+        answered = [(i, answer.text) for i, answer in zip(todo, answers, strict=True) if answer]
+        for i, text in answered:
+            found[i] = (read(text), text, attempt + 1)
+        todo = [i for i, _ in answered if found[i][0] is None]
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Uncertainty: prompts are the sample, so prompts are drawn.
 
 
 def bootstrap_interval(
-    values, statistic=None, level: float = 0.95, draws: int = 10_000, seed: int = 0
+    values, statistic=None, level: float = 0.95, draws: int = 10_000, seed: int | np.random.Generator = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic over prompts.
 
     values: (N,) or (N, D), a prompt a row. statistic(sample) -> number; default: the mean of (N,). NaN, NaN
-    for fewer than two prompts.
+    for fewer than two prompts; draws for which the statistic is NaN are left out.
     """
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
-        return (float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    found = []
-    for start in range(0, draws, 1000):  # in parts, so that 10,000 prompts fit into memory
-        index = rng.integers(0, len(values), (min(1000, draws - start), len(values)))
-        if statistic is None:
-            found.extend(values[index].mean(axis=1))
-        else:
-            found.extend(statistic(values[rows]) for rows in index)
-    return quantiles(found, level)
+        return (math.nan, math.nan)
+    data, function = (
+        (values, np.mean) if statistic is None else (np.arange(len(values)), lambda i: statistic(values[i]))
+    )
+    options = {"method": "percentile", "n_resamples": draws, "batch": 1000}  # in parts: 10,000 prompts fit into memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that do not vary
+        found = stats.bootstrap((data,), function, vectorized=statistic is None, rng=seed, **options)
+    return quantiles(found.bootstrap_distribution, level)
 
 
 def quantiles(values, level: float = 0.95) -> tuple[float, float]:
     """The ends of the middle `level` of the values that are not NaN; NaN, NaN if all are."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
-    if not len(values):
-        return (float("nan"), float("nan"))
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if len(values) else (math.nan, math.nan)
     return float(low), float(high)
 
 
-def ranks(values) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean."""
-    values = np.asarray(values, dtype=float)
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((last - counts + 1 + last) / 2)[inverse]
+def estimate(values, name: str = "", seed: int = 0) -> dict[str, float]:
+    """{"mean", "low", "high"} of values, or {name, name_low, name_high}: the mean and its bootstrap interval."""
+    mean = float(np.mean(values)) if len(values) else math.nan
+    keys = (name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")
+    return dict(zip(keys, (mean, *bootstrap_interval(values, seed=seed)), strict=True))
 
 
 def spearman(x, y) -> float:
-    """Spearman's rank correlation, Pearson's of the ranks; NaN where one side does not vary."""
-    x, y = ranks(x), ranks(y)
-    if len(x) < 2 or x.std() == 0 or y.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
+    """Spearman's rank correlation; NaN where one side does not vary."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(stats.spearmanr(x, y).statistic)
 
 
 def rv_coefficient(x, y) -> float:
@@ -280,7 +361,7 @@ def rv_coefficient(x, y) -> float:
     """
     x, y = (np.asarray(m, dtype=float) - np.mean(m, axis=0) for m in (x, y))
     norm = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    return float(np.linalg.norm(x.T @ y) ** 2 / norm) if norm > 1e-24 else float("nan")
+    return float(np.linalg.norm(x.T @ y) ** 2 / norm) if norm > 1e-24 else math.nan
 
 
 def round_half_up(value: float, digits: int = 2) -> str:
@@ -291,45 +372,45 @@ def round_half_up(value: float, digits: int = 2) -> str:
     return str(exact.quantize(Decimal(1).scaleb(-digits), rounding=ROUND_HALF_UP))
 
 
+def with_interval(row: dict, name: str = "", digits: int = 2, scale: float = 1, sign: bool = False) -> str:
+    """An `estimate` as tables print it: 5.01 [4.83, 5.19]; sign: +0.20 [-0.11, +0.51]; – where there is none."""
+    keys = (name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")
+    texts = [round_half_up(scale * row.get(key, math.nan), digits) for key in keys]
+    if sign:
+        texts = [text if text.startswith(("-", "–")) else f"+{text}" for text in texts]
+    return "–" if texts[0] == "–" else f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables and figures.
+# Tables and figures. **bold** is Markdown, in LaTeX it becomes \textbf.
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, numbers to the right."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(2, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    lines = [
-        "| "
-        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        + " |"
-        for row in cells
-    ]
-    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for row in cells:
+        row[:] = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def latex_table(header: list[str], rows: list[list[str]]) -> str:
-    """A booktabs table; **bold** becomes \\textbf."""
-
-    def cell(text: str) -> str:
-        bold = text.startswith("**")
-        for plain, escaped in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#")):
-            text = text.replace(plain, escaped)
-        text = text.replace("±", r"$\pm$").replace("–", "--").replace("λ", r"$\lambda$")
-        return text.replace("**", r"\textbf{", 1).replace("**", "}", 1) if bold else text
-
-    lines = [" & ".join(cell(text) for text in row) + r" \\" for row in (header, *rows)]
-    head = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", lines[0], r"\midrule"]
-    return "\n".join([*head, *lines[1:], r"\bottomrule", r"\end{tabular}"])
+def latex_table(header: list, rows: list[list[str]]) -> str:
+    """A booktabs table. A header of (set, column) pairs makes two lines, the sets over their columns."""
+    pairs = header and isinstance(header[0], tuple)
+    table = pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(header) if pairs else header)
+    style = table.style.hide(axis="index").format(lambda text: text.strip("*"), escape="latex")
+    style = style.map(lambda text: "textbf:--rwrap" if text.startswith("**") else None)
+    style = style.format_index(escape="latex", axis="columns")
+    columns = "l" + "r" * (len(header) - 1)
+    text = style.to_latex(hrules=True, column_format=columns, multicol_align="c")
+    return text.translate({ord("±"): r"$\pm$", ord("–"): "--", ord("−"): "$-$", ord("λ"): r"$\lambda$"})
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """The numbers behind a table or a figure, unrounded."""
+def write_csv(path: Path, rows: list[dict] | pd.DataFrame) -> None:
+    """The numbers behind a table or a figure, unrounded; what is not defined is an empty cell."""
     with common.replace_file(path) as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+        pd.DataFrame(rows, dtype=object).to_csv(file, index=False)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -339,14 +420,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def figure(path: Path, columns: int = 1, width: float = 6.4, height: float = 4.0):
-    """Yields the axes of a figure (a list if `columns` > 1) that is saved as `path` (PNG) and as PDF.
+    """Yields the axes of a figure (a list if `columns` > 1) that is saved as `path` (PNG) and as PDF."""
+    import matplotlib
 
-    Raises UserError without matplotlib.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: python -m pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -359,3 +435,35 @@ def figure(path: Path, columns: int = 1, width: float = 6.4, height: float = 4.0
         for suffix in (".png", ".pdf"):
             drawing.savefig(path.with_suffix(suffix), metadata=None if suffix == ".png" else {"CreationDate": None})
         pyplot.close(drawing)
+
+
+# control characters become visible pictures of themselves, but for tab and newline; halves of a character a sign
+VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF], 0xFFFD)
+
+
+def visible(value) -> str:
+    """A value as text that a page may hold."""
+    return str(value).replace("\r\n", "\n").translate(VISIBLE)
+
+
+def render_page(name: str, **values) -> str:
+    """eval/pages/NAME filled in. Every text is escaped; `hashes` lets in the page's own style and script, no other."""
+    import jinja2
+
+    folder = Path(__file__).with_name("pages")
+    source, hashes = (folder / name).read_text(encoding="utf-8"), {}
+    for tag in ("style", "script"):
+        if found := re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL):
+            digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
+            hashes[tag] = f"sha256-{digest}"
+
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else visible(value),
+    )
+    return pages.get_template(name).render(hashes=hashes, **values)

@@ -1,26 +1,22 @@
 """eval/annotate.py: the page in a real browser, its blindness and its safety; the agreement and its κ."""
 
-import base64
 import csv
-import hashlib
 import html.parser
 import json
-import random
+import math
 import re
 import shutil
-import subprocess
-import urllib.parse
 from pathlib import Path
 
 import annotate
 import pytest
 import shared
-from conftest import browser_or_skip, scored_row, wait, write_rows
+from conftest import scored_row, wait, write_rows
 
 OBJECTIVES = [["Harmlessness", "Safe and neutral."], ["Helpfulness", "Addresses what is asked."]]
+DIMENSIONS = [name for name, _ in OBJECTIVES]
 JUDGED = {"objectives": ["harmlessness", "helpfulness"], "judge_model": "the-judge"}
 JUDGED["constitution"] = {name.lower(): text for name, text in OBJECTIVES}
-DIMENSIONS = [name for name, _ in OBJECTIVES]
 # the judge's scores of A and B. A, A, tie, B, A win on the first dimension, tie, B, B, A, A on the other
 SCORES = {
     "p0": ([9, 5], [3, 5]),
@@ -34,30 +30,22 @@ HOSTILE = [
     "</script><script>window.hacked = 1; alert(1)</script>",
     "<img src=x onerror='window.hacked = 2'><svg onload=window.hacked=3>",
     "<!-- <script> ]]> </style></textarea> --> &lt;b&gt; &amp; \u2028\u2029\x00\x7f\ufeff",
-    "\"'`${window.hacked = 4}` \\u003c \\ @DATA@ @SCRIPT@ __proto__ javascript:window.hacked=5",
+    "\"'`${window.hacked = 4}` \\u003c \\ {{ data }} {% raw %} __proto__ javascript:window.hacked=5",
     "W" * 5000 + " " + "https://host.invalid/" + "a/" * 2000,
     " \tfirst\r\nsecond\n\n\nשלום ‮rtl 你好 🎉 \ud7ff end  ",
 ]
 
 
-def make_run(folder: Path, rows: list[dict]) -> Path:
-    write_rows(folder / "02_scores.jsonl", rows)
-    record = {"stage": "02_score", "args": JUDGED, "earlier": {}, "complete": True}
-    (folder / "02_args.json").write_text(json.dumps(record), encoding="utf-8")
-    return folder
-
-
 def make_runs(tmp_path: Path, texts: list[str] | None = None) -> list[str]:
     """The two runs of SCORES as --runs takes them; or of given texts, each as prompt and as both answers."""
-    if texts is None:
-        rows = [[scored_row(id, [pair[i]], None, [f"{id} says {i}"]) for id, pair in SCORES.items()] for i in (0, 1)]
-    else:
-        rows = [
-            [scored_row(f"h{n}", [[5, 5]], None, [f"{t}{i}"]) | {"prompt": t} for n, t in enumerate(texts)]
-            for i in (0, 1)
-        ]
-    folders = [make_run(tmp_path / folder, rows[i]) for i, folder in enumerate(("a", "b"))]
-    return [f"Zebra9={folders[0]}", f"Quokka7={folders[1]}"]
+    for i, folder in enumerate(tmp_path / name for name in "ab"):
+        rows = [scored_row(id, [pair[i]], None, [f"{id} says {i}"]) for id, pair in SCORES.items()]
+        if texts is not None:
+            rows = [scored_row(f"h{n}", [[5, 5]], None, [f"{t}{i}"]) | {"prompt": t} for n, t in enumerate(texts)]
+        write_rows(folder / "02_scores.jsonl", rows)
+        record = {"stage": "02_score", "args": JUDGED, "inputs": {}, "earlier": {}, "complete": True}
+        (folder / "02_args.json").write_text(json.dumps(record), encoding="utf-8")
+    return [f"Zebra9={tmp_path / 'a'}", f"Quokka7={tmp_path / 'b'}"]
 
 
 @pytest.fixture
@@ -65,9 +53,8 @@ def study(tmp_path, call):
     """study(texts=None, *options) -> (page, key) of a page built in tmp_path/out."""
 
     def build(texts=None, *options) -> tuple[Path, dict]:
-        code, _, errors = call(
-            "annotate", "--runs", *make_runs(tmp_path, texts), "--output_dir", tmp_path / "out", *options
-        )
+        runs = make_runs(tmp_path, texts)
+        code, _, errors = call("annotate", "--runs", *runs, "--output_dir", tmp_path / "out", *options)
         assert code == 0, errors
         key = json.loads((tmp_path / "out" / "annotate_key.json").read_text(encoding="utf-8"))
         return tmp_path / "out" / "annotate.html", key
@@ -76,12 +63,12 @@ def study(tmp_path, call):
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page, and what is in its style and script elements."""
+    """The tags of a page, and what is in its style, data and script elements."""
 
-    def __init__(self, text: str):
+    def __init__(self, page: Path):
         super().__init__(convert_charrefs=False)
         self.tags, self.raw, self.policy = [], [], ""
-        self.feed(text)
+        self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, attributes))
@@ -94,24 +81,23 @@ class Page(html.parser.HTMLParser):
 
 
 def page_data(page: Path) -> dict:
-    return json.loads(Page(page.read_text(encoding="utf-8")).raw[1])
+    return json.loads(Page(page).raw[1])
 
 
 def make_export(key: dict, annotator: str, first: list, second: list) -> dict:
     """An export in which p0, p1, … got these choices (A, tie, B or None) on the two dimensions."""
     answers = []
     for item in key["items"]:
-        number = int(item["id"][1:])
         for dimension, choices in zip(DIMENSIONS, (first, second), strict=True):
-            if choices[number] is not None:
-                name = {"A": "Zebra9", "B": "Quokka7", "tie": None}[choices[number]]
+            if (chosen := choices[int(item["id"][1:])]) is not None:
+                name = {"A": "Zebra9", "B": "Quokka7", "tie": None}[chosen]
                 choice = next((side for side in ("left", "right") if item[side] == name), "tie")
                 answers.append({"item": item["item"], "dimension": dimension, "choice": choice})
     return {"study": key["study"], "annotator": annotator, "answers": answers}
 
 
 def save(path: Path, value) -> Path:
-    path.write_text(json.dumps(value), encoding="utf-8")
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
     return path
 
 
@@ -122,87 +108,19 @@ def numbers(folder: Path) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# κ
-
-
-def test_cohen_kappa_by_hand():
-    # 50 items, yes/no: both yes 20, yes/no 5, no/yes 10, both no 15: p_o 0.7, p_e 0.5 · 0.6 + 0.5 · 0.4 = 0.5
-    a = ["yes"] * 25 + ["no"] * 25
-    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    assert annotate.cohen_kappa(a, b) == pytest.approx(0.4)
-    assert annotate.cohen_kappa([0, 1, 2], [0, 1, 2]) == 1
-    assert annotate.cohen_kappa([0, 1], [1, 0]) == -1
-    for undefined in (([], []), (["tie"] * 3, ["tie"] * 3)):
-        assert annotate.cohen_kappa(*undefined) != annotate.cohen_kappa(*undefined), "NaN"
-    assert annotate.cohen_kappa(["tie"] * 3, ["tie", "tie", "A"]) == 0
-
-
-def test_cohen_kappa_is_that_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics", reason="the second formula is scikit-learn's")
-    draw = random.Random(0)
-    for size in (2, 3, 10, 200):
-        a = [draw.choice(annotate.CHOICES) for _ in range(size)]
-        b = [x if draw.random() < 0.5 else draw.choice(annotate.CHOICES) for x in a]
-        a[0], b[0], a[1], b[1] = "A", "A", "B", "tie"  # so that it is defined
-        assert annotate.cohen_kappa(a, b) == pytest.approx(metrics.cohen_kappa_score(a, b))
-
-
-def test_fleiss_kappa_by_hand():
-    # the textbook example of 14 raters, 10 subjects, 5 categories: P̄ 0.378, P_e 0.213, κ 0.210
-    counts = [
-        [0, 0, 0, 0, 14],
-        [0, 2, 6, 4, 2],
-        [0, 0, 3, 5, 6],
-        [0, 3, 9, 2, 0],
-        [2, 2, 8, 1, 1],
-        [7, 7, 0, 0, 0],
-        [3, 2, 6, 3, 0],
-        [2, 5, 3, 2, 2],
-        [6, 5, 2, 1, 0],
-        [0, 2, 2, 3, 7],
-    ]
-    assert annotate.fleiss_kappa(counts) == pytest.approx(0.210, abs=5e-4)
-    assert annotate.item_agreement(counts).mean() == pytest.approx(0.378, abs=5e-4)
-    assert annotate.item_agreement(counts)[:2] == pytest.approx([1, 23 / 91])  # (1 + 15 + 6 + 1) of 91 pairs
-    for undefined in ([], [[3, 0, 0], [3, 0, 0]]):
-        assert annotate.fleiss_kappa(undefined) != annotate.fleiss_kappa(undefined), "NaN"
-
-
-def test_fleiss_kappa_of_two_raters_is_scotts_pi():
-    a, b = list("AABBAB-A--"), list("ABBBA--AAB")
-    shares = [(a + b).count(k) / 20 for k in "AB-"]
-    observed, expected = sum(x == y for x, y in zip(a, b, strict=True)) / 10, sum(p * p for p in shares)
-    counts = [[pair.count(k) for k in "AB-"] for pair in zip(a, b, strict=True)]
-    assert annotate.fleiss_kappa(counts) == pytest.approx((observed - expected) / (1 - expected))
-    assert annotate.fleiss_kappa(counts) != pytest.approx(annotate.cohen_kappa(a, b)), "each rater's own shares"
-    assert annotate.item_agreement(counts) == pytest.approx([float(x == y) for x, y in zip(a, b, strict=True)])
-
-
-def test_majority_is_more_than_half():
-    assert annotate.majority(["A", "A", "B"]) == "A" and annotate.majority(["B"]) == "B"
-    assert annotate.majority(["A", "B"]) == "tie" and annotate.majority(["A", "A", "B", "tie"]) == "tie"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Building
 
 
-def test_page_names_no_system_and_no_id(study, tmp_path, call):
+def test_page_is_blind_and_its_key_says_which_side_is_which(study, tmp_path, call):
     page, key = study()
-    text = page.read_text(encoding="utf-8")
-    assert [item["prompt"] for item in page_data(page)["items"]] != [], "it looked at something"
+    text, shown = page.read_text(encoding="utf-8"), page_data(page)
     assert "says 0" in text and not re.search("zebra9|quokka7|the-judge", text, re.IGNORECASE)
-    assert not {item["item"] for item in page_data(page)["items"]} & SCORES.keys()
+    assert not {item["item"] for item in shown["items"]} & SCORES.keys()
     folders = [spec.partition("=")[2] for spec in make_runs(tmp_path)]
     options = ("--runs", f"X={folders[0]}", f"Y={folders[1]}", "--output_dir", tmp_path / "other")
     assert call("annotate", *options)[0] == 0
     assert (tmp_path / "other" / "annotate.html").read_text(encoding="utf-8") == text, "names change nothing in it"
     assert key["systems"] == ["Zebra9", "Quokka7"] and key["dimensions"] == DIMENSIONS
-
-
-def test_key_says_which_side_is_which(study):
-    page, key = study()
-    shown = page_data(page)
     assert shown["study"] == key["study"] and len(shown["items"]) == 6
     assert shown["dimensions"] == [{"name": name, "definition": text} for name, text in OBJECTIVES]
     for item, hidden in zip(shown["items"], key["items"], strict=True):
@@ -214,9 +132,9 @@ def test_key_says_which_side_is_which(study):
 
 def test_sides_and_draw_depend_on_seed_and_prompt_alone(tmp_path):
     rows = [scored_row(f"p{i}", [[5, 5]], None) for i in range(300)]
-    runs = [shared.Run(name, "", tmp_path, rows, {"02": JUDGED}, {"args": JUDGED}) for name in "AB"]
 
-    def built(number: int, seed: int) -> dict:
+    def built(number: int, seed: int, rows=rows) -> dict:
+        runs = [shared.Run(name, "", tmp_path, rows, {"02": JUDGED}, {"args": JUDGED}) for name in "AB"]
         return {item["id"]: item["left"] for item in annotate.build_study(runs, number, seed)[1]["items"]}
 
     whole, part, other = built(300, 0), built(40, 0), built(300, 1)
@@ -224,32 +142,24 @@ def test_sides_and_draw_depend_on_seed_and_prompt_alone(tmp_path):
     assert part == {id: whole[id] for id in list(whole)[:40]}, "a smaller draw is the beginning of a larger one"
     assert list(whole) != [row["id"] for row in rows] and list(other) != list(whole)
     assert 120 < sum(whole[id] != other[id] for id in whole) < 180, "another seed, other sides"
-    half = [shared.Run(name, "", tmp_path, rows[::2], {"02": JUDGED}, {"args": JUDGED}) for name in "AB"]
-    sides = {item["id"]: item["left"] for item in annotate.build_study(half, 300, 0)[1]["items"]}
-    assert sides == {row["id"]: whole[row["id"]] for row in rows[::2]}
-    assert annotate.build_study(runs, 40, 0) == annotate.build_study(runs, 40, 0)
+    assert built(300, 0, rows[::2]) == {row["id"]: whole[row["id"]] for row in rows[::2]}
 
 
-def test_hostile_text_stays_data(study, tmp_path):
-    tame = Page(study(["a", "b"])[0].read_text(encoding="utf-8"))
+def test_hostile_text_stays_data(study):
+    tame = Page(study(["a", "b"])[0])
     page, _ = study(HOSTILE, "--overwrite")
-    hostile = Page(page.read_text(encoding="utf-8"))
+    hostile = Page(page)
     assert hostile.tags == tame.tags and len(tame.tags) > 30, "no tag more than without it"
     assert len(hostile.raw) == 3 and hostile.raw[0] == tame.raw[0] and hostile.raw[2] == tame.raw[2]
     assert sorted(item["prompt"] for item in page_data(page)["items"]) == sorted(HOSTILE)
     assert not re.search(r"[<>&\u2028\u2029]", hostile.raw[1])
-
-
-def test_policy_lets_only_this_style_and_script_run(study):
-    page = Page(study()[0].read_text(encoding="utf-8"))
-    hashes = [base64.b64encode(hashlib.sha256(page.raw[i].encode()).digest()).decode() for i in (0, 2)]
-    rules = dict(rule.strip().split(" ", 1) for rule in page.policy.split(";"))
-    assert rules["default-src"] == "'none'" and "unsafe" not in page.policy
-    assert rules["style-src"] == f"'sha256-{hashes[0]}'" and rules["script-src"] == f"'sha256-{hashes[1]}'"
-    attributes = [name for tag, attributes in page.tags for name, _ in attributes]
+    rules = dict(rule.strip().split(" ", 1) for rule in tame.policy.split(";"))
+    assert rules["default-src"] == "'none'" and "unsafe" not in tame.policy
+    assert rules["style-src"].startswith("'sha256-") and rules["script-src"].startswith("'sha256-")
+    attributes = [name for _, attributes in tame.tags for name, _ in attributes]
     assert "content" in attributes and not [name for name in attributes if name in ("src", "href", "style")]
     assert not [name for name in attributes if name.startswith("on")]
-    assert "innerHTML" not in page.raw[2] and "outerHTML" not in page.raw[2]
+    assert "innerHTML" not in tame.raw[2] and "outerHTML" not in tame.raw[2]
 
 
 def test_key_of_another_study_is_not_lost(study, tmp_path, call):
@@ -365,6 +275,18 @@ def test_items_that_not_all_have_answered(study, tmp_path, call):
     assert "majority |" not in output, "of one it is no news"
 
 
+def test_fleiss_kappa_by_hand():
+    # the textbook example of 14 raters, 10 subjects, 5 categories: P̄ 0.378, P_e 0.213, κ 0.210
+    counts = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1]]
+    counts += [[7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
+    equal, kappa = annotate.fleiss_kappa(counts)
+    assert kappa == pytest.approx(0.210, abs=5e-4) and equal.mean() == pytest.approx(0.378, abs=5e-4)
+    assert equal[:2] == pytest.approx([1, 23 / 91])  # (1 + 15 + 6 + 1) of 91 pairs
+    for undefined in ([], [[3, 0, 0], [3, 0, 0]]):
+        assert math.isnan(annotate.fleiss_kappa(undefined)[1])
+    assert annotate.majority(["A", "B"]) == "tie" and annotate.majority(["A", "A", "B", "tie"]) == "tie"
+
+
 def test_ties_of_the_judge():
     key = {"systems": ["X", "Y"], "dimensions": ["d", "e"]}
     key["items"] = [
@@ -380,7 +302,6 @@ def test_ties_of_the_judge():
     [
         ({"study": "0" * 16}, "the key is of"),
         ({"annotator": "  "}, "no 'annotator'"),
-        ({"annotator": 7}, "no 'annotator'"),
         ({"answers": None}, "no list 'answers'"),
         ({"answers": []}, "no answers"),
         ({"answers": ["left"]}, "answer 1: not an object"),
@@ -388,14 +309,12 @@ def test_ties_of_the_judge():
         ({"item": ["x"]}, "answer 2: unknown item"),
         ({"dimension": "Style"}, "answer 2: unknown dimension 'Style'"),
         ({"choice": "A"}, "answer 2: choice 'A'; one of left, tie, right"),
-        ({"choice": None}, "answer 2: choice None"),
-        ("twice", "answer 3: item"),
+        ({"twice": 1}, "answer 3: item"),
     ],
 )
 def test_bad_exports(study, tmp_path, call, change, said):
-    _, key = study()
-    export = make_export(key, "r1", *ONE)
-    if change == "twice":
+    export = make_export(study()[1], "r1", *ONE)
+    if "twice" in change:
         export["answers"][2] = export["answers"][0]
     elif change.keys() & export.keys():
         export |= change
@@ -411,18 +330,13 @@ def test_bad_files(study, tmp_path, call):
     _, key = study()
     good = save(tmp_path / "good.json", make_export(key, "r 1", *ONE))
     again = save(tmp_path / "again.json", make_export(key, " r  1 ", *TWO))
-    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
-    (tmp_path / "latin.json").write_bytes(b'{"study": "\xe9"}')
     save(tmp_path / "list.json", [])
-    hidden = tmp_path / "out" / "annotate_key.json"
     for options, said in (
         (("--exports", good, again), "annotator 'r 1' again"),
         (("--exports", tmp_path / "none.json"), "no such file"),
-        (("--exports", tmp_path / "broken.json"), "broken JSON"),
-        (("--exports", tmp_path / "latin.json"), "not UTF-8"),
+        (("--exports", save(tmp_path / "broken.json", "{")), "broken JSON"),
         (("--exports", tmp_path / "list.json"), "not a JSON object"),
-        (("--exports", tmp_path), "no such file"),
-        (("--exports", hidden), "no list 'answers'"),
+        (("--exports", tmp_path / "out" / "annotate_key.json"), "no list 'answers'"),
         (("--exports", good, "--key", good), "no key of this script"),
         (("--exports", good, "--judge_tie", -1), "at least 0"),
         (("--exports", good, "--output_dir", tmp_path / "empty"), "annotate_key.json: no such file"),
@@ -435,125 +349,70 @@ def test_bad_files(study, tmp_path, call):
 # In a browser
 
 
-class Browser:
-    """Headless Chromium with the annotation page, driven as a person does."""
-
-    def __init__(self, folder: Path):
-        webdriver, binary, driver = browser_or_skip()
-        self.downloads = folder / "downloads"
-        options = webdriver.ChromeOptions()
-        options.binary_location = binary
-        switches = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking "
-        switches += f"disable-component-update disable-sync user-data-dir={folder / 'profile'}"
-        for switch in switches.split():
-            options.add_argument(f"--{switch}")
-        options.add_argument("--window-size=1280,900")
-        options.add_experimental_option("prefs", {"download.default_directory": str(self.downloads)})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        service = webdriver.ChromeService(executable_path=driver, log_output=subprocess.DEVNULL)
-        self.driver = webdriver.Chrome(options=options, service=service)
-        self.script, self.cdp = self.driver.execute_script, self.driver.execute_cdp_cmd
-        self.actions = webdriver.ActionChains
-
-    def open(self, page: Path) -> None:
-        self.driver.get("file://" + urllib.parse.quote(str(page)))
-
-    def resize(self, width: int, mobile: bool) -> None:
-        size = {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": mobile}
-        self.cdp("Emulation.setDeviceMetricsOverride", size)
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            self.actions(self.driver, duration=0).send_keys(key).perform()
-
-    def text(self, id: str) -> str:
-        return self.script("return document.getElementById(arguments[0]).textContent", id)
-
-    def marked(self) -> str:
-        return self.script("return document.querySelector('[aria-current] .name').textContent")
-
-    def pressed(self) -> list[str]:
-        return self.script("return [...document.querySelectorAll('[aria-pressed=true]')].map((b) => b.ariaLabel)")
-
-    def alert(self, answer: str):
-        """A condition to wait for: a question of the page was there, and was answered."""
-
-        def answered() -> bool:
-            try:
-                getattr(self.driver.switch_to.alert, answer)()
-                return True
-            except Exception as error:  # selenium's own class, which may not be there to import
-                if type(error).__name__ != "NoAlertPresentException":
-                    raise
-                return False
-
-        return answered
-
-    def errors(self) -> list[dict]:
-        return self.driver.get_log("browser")
-
-    def wait_for_file(self, name: str) -> dict:
-        wait((self.downloads / name).exists)
-        return json.loads((self.downloads / name).read_text(encoding="utf-8"))
+TAB, ENTER, LEFT, RIGHT = "\ue004", "\ue007", "\ue012", "\ue014"
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    started = Browser(tmp_path_factory.mktemp("chromium"))
-    yield started
-    started.driver.quit()
+def text(page, id: str) -> str:
+    return page.script("return document.getElementById(arguments[0]).textContent", id)
+
+
+def state(page) -> tuple:
+    """(item, questions answered, the question that the keys answer, what is chosen for each question of the item)."""
+    place, count = (int(re.search(r"\d+", text(page, id))[0]) for id in ("place", "count"))
+    marked = page.script("return document.querySelector('[aria-current] .name').textContent")
+    chosen = "return [...document.querySelectorAll('.choices')].map((d) => d.querySelector('[aria-pressed=true]')"
+    return place, count, marked, page.script(f"{chosen}?.textContent ?? '')")
+
+
+def alert(page, answer: str) -> None:
+    """Waits for a question of the page, and answers it."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    getattr(WebDriverWait(page.driver, 60).until(lambda driver: driver.switch_to.alert), answer)()
+
+
+def wait_for_file(page, name: str) -> dict:
+    wait((page.downloads / name).exists)
+    return json.loads((page.downloads / name).read_text(encoding="utf-8"))
 
 
 def test_annotation_by_keyboard_reload_export_agreement(study, tmp_path, call, chromium):
-    tab, enter, right, left = "\ue004", "\ue007", "\ue014", "\ue012"
     page, key = study()
     shown = page_data(page)["items"]
     chromium.open(page)
-    assert chromium.text("count") == "0 of 12 answered" and chromium.text("place") == "Item 1 of 6"
+    assert state(chromium) == (1, 0, "Harmlessness", ["", ""])
     for part in ("prompt", "left", "right"):
-        assert chromium.text(part) == shown[0][part]
-    assert chromium.marked() == "Harmlessness"
-
+        assert text(chromium, part) == shown[0][part]
     chromium.press("e")
-    assert "name first" in chromium.text("status"), "an export needs a name; the field has the focus now"
-    chromium.press(*"Ann 123 ü", enter)
-    assert chromium.text("count") == "0 of 12 answered", "digits in the name are no answers"
-    chromium.press("1")
-    assert chromium.marked() == "Helpfulness" and chromium.text("place") == "Item 1 of 6"
-    assert chromium.pressed() == ["Harmlessness: Left is better"]
-    chromium.press("3")
-    assert chromium.text("place") == "Item 2 of 6" and chromium.pressed() == []
-    assert chromium.text("left") == shown[1]["left"] and chromium.marked() == "Harmlessness"
-    chromium.press("2")
-
-    chromium.driver.refresh()  # in the middle of the second item
-    assert chromium.text("count") == "3 of 12 answered" and chromium.text("place") == "Item 2 of 6"
-    assert chromium.marked() == "Helpfulness" and chromium.pressed() == ["Harmlessness: Tie"]
-    assert chromium.script("return document.getElementById('name').value") == "Ann 123 ü"
-    chromium.press("u", "u")  # undo knows what was done before the reload
-    assert chromium.text("count") == "1 of 12 answered" and chromium.text("place") == "Item 1 of 6"
-    assert chromium.marked() == "Helpfulness"
-    chromium.press("3", "1")
-    assert chromium.text("place") == "Item 2 of 6" and chromium.marked() == "Helpfulness"
-    chromium.press("2")
-    assert chromium.text("place") == "Item 3 of 6" and chromium.text("count") == "4 of 12 answered"
-    chromium.press(left)
-    assert chromium.pressed() == ["Harmlessness: Left is better", "Helpfulness: Tie"]
-    chromium.press("c")
-    assert chromium.pressed() == ["Helpfulness: Tie"] and chromium.marked() == "Harmlessness"
-    chromium.press("u", "3")
-    assert chromium.text("place") == "Item 2 of 6" and chromium.marked() == "Helpfulness", "a revision, in order"
-    chromium.press("u")
-    assert chromium.pressed() == ["Harmlessness: Left is better", "Helpfulness: Tie"]
-    chromium.press("n", "p", right)
-    assert chromium.text("place") == "Item 3 of 6" and chromium.text("count") == "4 of 12 answered"
-    # left out item 3, so the page comes back to it once the others are done
-    chromium.press("n", *"13" * 3)
-    assert chromium.text("place") == "Item 3 of 6" and chromium.text("count") == "10 of 12 answered"
+    assert "name first" in text(chromium, "status"), "an export needs a name; the field has the focus now"
+    chromium.press(*"Ann 123 ü", ENTER)
+    assert state(chromium)[1] == 0, "digits in the name are no answers"
+    for keys, *expected in (
+        ("1", 1, 1, "Helpfulness", ["Left", ""]),
+        ("3", 2, 2, "Harmlessness", ["", ""]),
+        ("2", 2, 3, "Helpfulness", ["Tie", ""]),
+        ("reload", 2, 3, "Helpfulness", ["Tie", ""]),  # in the middle of the second item
+        ("uu", 1, 1, "Helpfulness", ["Left", ""]),  # undo knows what was done before the reload
+        ("31", 2, 3, "Helpfulness", ["Left", ""]),
+        ("2", 3, 4, "Harmlessness", ["", ""]),
+        (LEFT, 2, 4, "Harmlessness", ["Left", "Tie"]),
+        ("c", 2, 3, "Harmlessness", ["", "Tie"]),
+        ("u3", 2, 4, "Helpfulness", ["Right", "Tie"]),  # a revision, in order
+        ("u", 2, 4, "Harmlessness", ["Left", "Tie"]),
+        ("np" + RIGHT, 3, 4, "Harmlessness", ["", ""]),
+        ("n131313", 3, 10, "Harmlessness", ["", ""]),  # left out item 3, so it comes back once the others are done
+    ):
+        if keys == "reload":
+            chromium.driver.refresh()
+            assert chromium.script("return document.getElementById('name').value") == "Ann 123 ü"
+        else:
+            chromium.press(*keys)
+        assert state(chromium) == tuple(expected), keys
+    assert text(chromium, "left") == shown[2]["left"]
 
     # with the buttons, still without a mouse: Tab to the third of the first question
     for _ in range(20):
-        chromium.press(tab)
+        chromium.press(TAB)
         focus = chromium.script(
             "const e = document.activeElement, s = getComputedStyle(e);"
             "return [e.ariaLabel, e.matches(':focus-visible'), s.outlineStyle, parseFloat(s.outlineWidth)]"
@@ -561,15 +420,14 @@ def test_annotation_by_keyboard_reload_export_agreement(study, tmp_path, call, c
         assert focus[1:3] == [True, "solid"] and focus[3] >= 2, f"the focus is seen: {focus}"
         if focus[0] == "Harmlessness: Right is better":
             break
-    chromium.press(enter)
-    assert chromium.marked() == "Helpfulness"
+    chromium.press(ENTER)
     assert chromium.script("return document.activeElement.ariaLabel") == "Helpfulness: Left is better"
-    chromium.press(enter)
-    assert chromium.text("count") == "12 of 12 answered" and "All 12" in chromium.text("status")
+    chromium.press(ENTER)
+    assert text(chromium, "count") == "12 of 12 answered" and "All 12" in text(chromium, "status")
     chromium.press("e")
-    export = chromium.wait_for_file("annotate_Ann_123_ü.json")
-    assert "12 answers, complete" in chromium.text("status")
-    assert chromium.errors() == []
+    export = wait_for_file(chromium, "annotate_Ann_123_ü.json")
+    assert "12 answers, complete" in text(chromium, "status")
+    assert chromium.messages() == []
 
     chosen = [("left", "right"), ("left", "tie"), ("right", "left"), *[("left", "right")] * 3]
     answers = [
@@ -597,44 +455,41 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     half = make_export(key, "R. 1", ["A"] * 6, [None] * 6)
     file = chromium.driver.find_element("id", "file")
     file.send_keys(str(save(tmp_path / "half.json", half)))
-    wait(lambda: chromium.text("count") == "6 of 12 answered")
-    assert chromium.marked() == "Helpfulness" and chromium.text("status") == "Read 6 answers."
+    wait(lambda: text(chromium, "count") == "6 of 12 answered")
+    assert state(chromium)[2] == "Helpfulness" and text(chromium, "status") == "Read 6 answers."
     assert chromium.script("return document.getElementById('name').value") == "R. 1"
 
     for wrong, said in (
         (half | {"study": "0" * 16}, "it belongs to another study"),
-        ({"x": 1}, "it is no export of this page"),
         (None, "it is no export of this page"),
         (half | {"answers": [half["answers"][0]] * 2}, "an answer in it does not fit"),
         (half | {"answers": [half["answers"][0] | {"choice": "A"}]}, "an answer in it does not fit"),
         (half | {"answers": [None]}, "an answer in it does not fit"),
+        ("<html>", "it is no JSON file"),
     ):
         file.send_keys(str(save(tmp_path / "wrong.json", wrong)))
-        wait(lambda said=said: said in chromium.text("status"))
-        assert chromium.text("count") == "6 of 12 answered"
+        wait(lambda said=said: said in text(chromium, "status"))
+        assert text(chromium, "count") == "6 of 12 answered"
         chromium.script("document.getElementById('status').textContent = ''")
-    (tmp_path / "wrong.json").write_text("<html>", encoding="utf-8")
-    file.send_keys(str(tmp_path / "wrong.json"))
-    wait(lambda: "it is no JSON file" in chromium.text("status"))
 
     less = save(tmp_path / "less.json", half | {"answers": half["answers"][:2], "annotator": "R. 2"})
     for answer, count in (("dismiss", 6), ("accept", 2)):
         file.send_keys(str(less))
-        wait(chromium.alert(answer))
-        wait(lambda count=count: chromium.text("count") == f"{count} of 12 answered")
+        alert(chromium, answer)
+        wait(lambda count=count: text(chromium, "count") == f"{count} of 12 answered")
     file.send_keys(str(tmp_path / "half.json"))
-    wait(chromium.alert("accept"))
-    wait(lambda: chromium.text("count") == "6 of 12 answered")
+    alert(chromium, "accept")
+    wait(lambda: text(chromium, "count") == "6 of 12 answered")
 
     # who works on the buttons is taken to the top of the next item
     chromium.script("document.querySelectorAll('.choices button')[3].focus()")
-    chromium.press("\ue007")
-    assert chromium.text("place") == "Item 2 of 6" and chromium.text("count") == "7 of 12 answered"
+    chromium.press(ENTER)
+    assert text(chromium, "place") == "Item 2 of 6" and text(chromium, "count") == "7 of 12 answered"
     assert chromium.script("return document.activeElement.id") == "place"
     chromium.script(
         "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: '1', bubbles: true, repeat: true}))"
     )
-    assert chromium.text("count") == "7 of 12 answered", "a key that is held down is one answer"
+    assert text(chromium, "count") == "7 of 12 answered", "a key that is held down is one answer"
 
     first = chromium.driver.current_window_handle
     chromium.driver.switch_to.new_window("tab")
@@ -642,26 +497,26 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     chromium.press("u")
     chromium.driver.close()
     chromium.driver.switch_to.window(first)
-    wait(lambda: chromium.text("count") == "6 of 12 answered")  # what another tab has done
-    assert chromium.text("place") == "Item 2 of 6"
+    wait(lambda: text(chromium, "count") == "6 of 12 answered")  # what another tab has done
+    assert text(chromium, "place") == "Item 2 of 6"
 
     other, _ = study(None, "--seed", 6, "--overwrite")
     chromium.open(other)
-    assert chromium.text("count") == "0 of 12 answered", "another study in the same browser"
+    assert text(chromium, "count") == "0 of 12 answered", "another study in the same browser"
     chromium.press("1")
     study(None, "--seed", 5, "--overwrite")
     chromium.open(page)
-    assert chromium.text("count") == "6 of 12 answered"
+    assert text(chromium, "count") == "6 of 12 answered"
     for answer, count in (("dismiss", 6), ("accept", 0)):
         chromium.driver.find_element("id", "restart").click()
-        wait(chromium.alert(answer))
-        assert chromium.text("count") == f"{count} of 12 answered"
+        alert(chromium, answer)
+        assert text(chromium, "count") == f"{count} of 12 answered"
 
     assert not chromium.driver.find_element("id", "warning").is_displayed()
     chromium.press("1")
     chromium.script("localStorage.setItem(arguments[0], '{\"study\": 1')", f"spa-annotate-{key['study']}")
     chromium.driver.refresh()
-    assert chromium.text("count") == "0 of 12 answered", "what can't be read is left alone"
+    assert text(chromium, "count") == "0 of 12 answered", "what can't be read is left alone"
     refuse = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"
     script = chromium.cdp("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
     chromium.driver.refresh()
@@ -669,15 +524,15 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     asks = "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
     assert chromium.script(asks) is False
     chromium.press("1")
-    assert chromium.text("count") == "1 of 12 answered", "it works all the same"
+    assert text(chromium, "count") == "1 of 12 answered", "it works all the same"
     assert chromium.script(asks) is True, "leaving would lose an answer"
-    chromium.press("e", *"R. 3", "\ue007", "e")
-    assert len(chromium.wait_for_file("annotate_R_3.json")["answers"]) == 1
+    chromium.press("e", *"R. 3", ENTER, "e")
+    assert len(wait_for_file(chromium, "annotate_R_3.json")["answers"]) == 1
     assert chromium.script(asks) is False
     chromium.cdp("Page.removeScriptToEvaluateOnNewDocument", script)
     chromium.driver.refresh()
     assert not chromium.driver.find_element("id", "warning").is_displayed()
-    assert chromium.errors() == []
+    assert chromium.messages() == []
 
 
 def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
@@ -686,14 +541,14 @@ def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
     width = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     below = []
     for number, item in enumerate(page_data(page)["items"], 1):
-        assert chromium.text("place") == f"Item {number} of {len(HOSTILE)}"
+        assert text(chromium, "place") == f"Item {number} of {len(HOSTILE)}"
         for part in ("prompt", "left", "right"):
-            assert chromium.text(part) == item[part]
-        for columns, mobile in ((1280, False), (780, False), (320, True), (360, True)):
-            chromium.resize(columns, mobile)
+            assert text(chromium, part) == item[part]
+        for columns in (1280, 780, 320, 360):
+            chromium.resize(columns)
             scroll, client = chromium.script(width)
             assert scroll == client, f"nothing to scroll sideways at {columns}"
-            assert client == columns if mobile else columns - 20 <= client <= columns, "but for the scroll bar"
+            assert client == columns if columns < 600 else columns - 20 <= client <= columns, "but for the scroll bar"
         chromium.script("scrollTo(0, 10000)")
         below.append(chromium.script("return scrollY"))
         chromium.press("n")
@@ -701,7 +556,7 @@ def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
     assert max(below) > 500
     assert chromium.script("return [window.hacked, document.images.length, document.scripts.length]") == [None, 0, 2]
     assert chromium.script("return performance.getEntriesByType('resource').length") == 0
-    assert chromium.errors() == []
+    assert chromium.messages() == []
 
     # the two checks above can fail: a word that may not break is too wide, and the policy does forbid
     longest = next(i for i, item in enumerate(page_data(page)["items"]) if "WWW" in item["prompt"])
@@ -725,4 +580,4 @@ def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
     found = chromium.driver.execute_async_script(blocked)
     assert found == ["connect-src", "img-src", "script-src-elem"]
     assert chromium.script("return window.hacked") is None
-    chromium.errors()  # reads away what this has caused
+    chromium.messages()  # reads away what this has caused

@@ -1,10 +1,11 @@
 """eval/: tables, intervals, RV, frontier, pairwise, reliability, against second formulas and the paper."""
 
+import csv
 import importlib
 import itertools
 import json
 import math
-import random
+import warnings
 
 import frontier
 import judge_table
@@ -14,7 +15,9 @@ import pytest
 import reliability
 import rv
 import shared
+import torch
 from conftest import make_model, make_tokenizer, read_rows, scored_row, write_rows
+from scipy import stats
 
 import common
 
@@ -29,24 +32,16 @@ TABLE_3 = {
 }
 X = np.array([[7, 6], [8, 5], [6, 8], [9, 9], [3, 4]])
 Y = np.array([[8, 6], [9, 5], [7, 9], [10, 8], [2, 5]])
-
-
 HARMLESS = {"objectives": ["harmlessness", "helpfulness"]}
 
 
 def scored(folder, groups, texts=None, prompt="question {}", inputs=None, **args):
     """A run directory with 02_scores.jsonl: groups are the scores of each prompt's responses; args: of stage 2."""
-    rows = [
-        {
-            "id": f"p{i}",
-            "prompt": prompt.format(i),
-            "responses": [
-                {"text": (texts or {}).get((i, j), f"answer {i} {j}"), "system": None, "scores": s}
-                for j, s in enumerate(group)
-            ],
-        }
-        for i, group in enumerate(groups)
-    ]
+    texts = texts or {}
+    rows = []
+    for i, group in enumerate(groups):
+        responses = [{"text": texts.get((i, j), f"answer {i} {j}"), "scores": s} for j, s in enumerate(group)]
+        rows.append({"id": f"p{i}", "prompt": prompt.format(i), "responses": responses})
     write_rows(folder / "02_scores.jsonl", rows)
     if args:
         record = {"stage": "02_score", "args": args, "earlier": {}, "inputs": inputs or {}, "complete": True}
@@ -60,59 +55,54 @@ def run(call, script, *arguments):
     return out
 
 
+def csv_rows(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_lines(text):
+    """First cell -> the other cells, of the lines of all Markdown tables; the last of a name stands."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return {line[0]: line[1:] for line in lines}
+
+
 # ------------------------------------------------------------------------------- numbers behind all
 
 
-@pytest.mark.parametrize("name", TABLE_3)
-def test_table_3_to_the_digit(name):
-    primary, secondary, *wanted = TABLE_3[name]
-    found = [shared.round_half_up(judge_table.hh_score(primary, secondary, weight)) for weight in (5, 10, 20)]
-    assert found == wanted
+def test_table_3_to_the_digit():
+    for primary, secondary, *wanted in TABLE_3.values():
+        assert [shared.round_half_up(judge_table.hh_score(primary, secondary, w)) for w in (5, 10, 20)] == wanted
 
 
 def test_round_half_up():
     cases = {2.345: "2.35", 9.155: "9.16", 0.125: "0.13", -0.125: "-0.13", 2.0: "2.00", 9.994999: "9.99"}
-    for value, text in cases.items():
-        assert shared.round_half_up(value) == text
+    assert {value: shared.round_half_up(value) for value in cases} == cases
     assert shared.round_half_up(math.nan) == "–" and shared.round_half_up(0.00005, 4) == "0.0001"
 
 
-def test_bootstrap_against_scipy():
-    from scipy import stats
-
+def test_bootstrap_is_the_percentile_one_over_prompts():
+    """By its definition: rows drawn with replacement, the middle 95 % of what the statistic is then."""
     values = np.random.default_rng(1).gamma(2.0, size=60)
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000).confidence_interval
-    assert shared.bootstrap_interval(values) == pytest.approx(tuple(theirs), abs=0.03)
+    means = values[np.random.default_rng(0).integers(0, 60, (10_000, 60))].mean(axis=1)
+    assert shared.bootstrap_interval(values) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
     two = np.random.default_rng(2).normal(size=(40, 2)) @ [[1, 0.5], [0, 1]]
-    found = shared.bootstrap_interval(two, lambda sample: shared.spearman(*sample.T), draws=3000)
-    options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 3000}
-    rank = lambda a, b: stats.spearmanr(a, b).statistic  # noqa: E731
-    theirs = stats.bootstrap(two.T, rank, **options).confidence_interval
-    assert found == pytest.approx(tuple(theirs), abs=0.05)
-    assert shared.bootstrap_interval(values) == shared.bootstrap_interval(values), "the seed is fixed"
+    drawn = np.random.default_rng(0).integers(0, 40, (500, 40))
+    found = [stats.spearmanr(*two[rows].T).statistic for rows in drawn]
+    interval = shared.bootstrap_interval(two, lambda sample: shared.spearman(*sample.T), draws=500)
+    assert interval == pytest.approx(tuple(np.quantile(found, [0.025, 0.975])))
     assert all(map(math.isnan, shared.bootstrap_interval([1.0])))
-
-
-def test_ranks_and_spearman_against_scipy():
-    from scipy import stats
-
-    rng = random.Random(0)
-    for _ in range(50):
-        x, y = ([rng.randint(1, 6) for _ in range(9)] for _ in range(2))
-        assert shared.ranks(x) == pytest.approx(stats.rankdata(x))
-        if len(set(x)) > 1 and len(set(y)) > 1:
-            assert shared.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert math.isnan(shared.spearman([1, 1], [2, 3]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shared.bootstrap_interval([2.0, 2.0]) == (2.0, 2.0) and math.isnan(shared.spearman([1, 1], [2, 3]))
+        assert shared.quantiles([1.0, math.nan, 1.0]) == (1.0, 1.0) and math.isnan(shared.quantiles([math.nan])[0])
 
 
 def test_rv_fixture_and_invariance():
-    assert shared.rv_coefficient(X, Y) == pytest.approx(0.951874, abs=5e-7)
-    for other in (3 * Y, Y + np.array([5, -2]), Y[:, ::-1], -Y):
+    for other in (Y, 3 * Y, Y + np.array([5, -2]), Y[:, ::-1], -Y):
         assert shared.rv_coefficient(X, other) == pytest.approx(0.951874, abs=5e-7)
     assert shared.rv_coefficient(X, X) == pytest.approx(1)
     assert math.isnan(shared.rv_coefficient(X, np.ones((5, 2))))
-    # a second formula: with one column each, RV is the squared correlation
-    one = shared.rv_coefficient(X[:, :1], Y[:, :1])
+    one = shared.rv_coefficient(X[:, :1], Y[:, :1])  # a second formula: then RV is the squared correlation
     assert one == pytest.approx(np.corrcoef(X[:, 0], Y[:, 0])[0, 1] ** 2)
 
 
@@ -124,48 +114,56 @@ def test_permutation_mean_is_the_mean_over_all_permutations():
 # ------------------------------------------------------------------------------------- judge_table
 
 
-def test_judge_table(call, tmp_path, capsys):
+def test_judge_table(call, tmp_path):
     base = scored(tmp_path / "base", [[[5, 4]], [[6, 4]], [[7, 5]], [[5, 6]], [None]])
     better = scored(tmp_path / "better", [[[9, 4]], [[9, 3]], [[10, 6]], [[8, 6]], [[9, 9]]])
-    out = run(call, "judge_table", "--runs", f"Vanilla={base}", f"SPA={better}", "--output_dir", tmp_path / "eval")
-    lines = {
-        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
-        for line in out.splitlines()
-        if "|" in line
-    }
+    out = run(call, "judge_table", "--runs", f"Vanilla={base}", f"S_A={better}", "--output_dir", tmp_path / "eval")
+    lines = table_lines(out)
     assert lines["system"][2:] == ["objective 1", "objective 2", "HH5", "HH10", "HH20"]
-    assert lines["Vanilla"][:2] == ["4", "1"] and lines["SPA"][:2] == ["5", "0"]
-    assert lines["Vanilla"][2].startswith("5.75 [") and lines["SPA"][2].startswith("**9.00 [")
-    assert "**" not in lines["SPA"][3], "helpfulness: the interval of the difference holds 0"
-    difference = lines["SPA − Vanilla"]
+    assert lines["Vanilla"][:2] == ["4", "1"] and lines["S_A"][:2] == ["5", "0"]
+    assert lines["Vanilla"][2].startswith("5.75 [") and lines["S_A"][2].startswith("**9.00 [")
+    assert "**" not in lines["S_A"][3], "helpfulness: the interval of the difference holds 0"
+    difference = lines["S_A − Vanilla"]
     assert difference[0] == "4", "the prompts that both have scores of"
     assert difference[1].startswith("3.25 [") and difference[2].startswith("0.00 [")
     rows = {(r["system"], r["measure"]): r for r in csv_rows(tmp_path / "eval" / "judge_table.csv")}
-    assert float(rows["SPA", "HH10"]["mean"]) == pytest.approx((10 * 9 + 5.6) / 11)
-    assert (
-        float(rows["SPA", "objective 1"]["difference_low"])
-        <= 3.25
-        <= float(rows["SPA", "objective 1"]["difference_high"])
-    )
+    assert float(rows["S_A", "HH10"]["mean"]) == pytest.approx((10 * 9 + 5.6) / 11)
+    own = rows["S_A", "objective 1"]
+    assert float(own["difference_low"]) <= 3.25 <= float(own["difference_high"]) and own["paired_prompts"] == "4"
+    assert rows["Vanilla", "HH5"]["difference"] == "", "what is not defined is an empty cell"
     tex = (tmp_path / "eval" / "judge_table.tex").read_text()
-    assert r"\textbf{9.00 [" in tex and tex.count(r"\toprule") == 2
+    assert r"S\_A & 5 & 0 & \textbf{9.00 [" in tex and tex.count(r"\toprule") == 2 and r"S\_A $-$ Vanilla & 4" in tex
+    text = (tmp_path / "eval" / "judge_table.md").read_text()
+    assert text.strip() in out and "10 cells are compared in 5 columns, 4 of them bold; about 0.25 would" in text
 
 
-def csv_rows(path):
-    import csv
+def test_how_many_cells_are_bold_by_chance():
+    """By simulation: means of m equal systems, one more than 1.96 √2 above all others; exact for two."""
+    assert judge_table.bold_by_chance(2) == pytest.approx(0.05) and judge_table.bold_by_chance(1) == 0
+    best, second = np.sort(np.random.default_rng(0).normal(size=(400_000, 4)), axis=1)[:, -2:].T[::-1]
+    assert judge_table.bold_by_chance(4) == pytest.approx(np.mean(best - second > 1.96 * 2**0.5), rel=0.05)
 
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
-
-def test_test_sets_and_refined_answers_stand_apart(call, tmp_path):
+def test_table_1_of_several_test_sets_in_one_command(call, tmp_path):
+    """Sets with objectives of their own, and refined answers; systems that a set lacks are a dash."""
     rows = [scored_row(f"p{i}", [[3, 3], [5, 3]], [9, 8]) for i in range(3)]
     write_rows(tmp_path / "a" / "03_refined.jsonl", rows)
-    scored(tmp_path / "a", [[[3, 3], [5, 3]]] * 3, prompt="question p{}")
-    a, out = tmp_path / "a", tmp_path / "eval"
-    text = run(call, "judge_table", "--runs", f"one:A={a}", f"one:R={a}+refined", f"two:A={a}", "--output_dir", out)
-    one, two = text.split("### two")
-    assert "### one" in one and "4.00 [" in one and "**9.00 [9.00, 9.00]**" in one and "9.00" not in two
+    record = {"stage": "03_refine", "args": HARMLESS, "earlier": {}, "inputs": {}, "complete": True}
+    (tmp_path / "a" / "03_args.json").write_text(json.dumps(record))
+    a = scored(tmp_path / "a", [[[3, 3], [5, 3]]] * 3, prompt="question p{}", **HARMLESS)
+    h = scored(tmp_path / "h", [[[3, 3], [8, 3]]] * 3, objectives=["honesty", "helpfulness"])
+    specs, out = (f"Safe:A={a}", f"Safe:R={a}+refined", f"Hone:A={h}"), tmp_path / "eval"
+    text = run(call, "judge_table", "--runs", *specs, "--output_dir", out)
+    whole, safe, hone = text.replace("### Hone", "### Safe").split("### Safe")
+    lines = table_lines(whole)
+    head = ["Safe: Harmlessness", "Safe: Helpfulness", "Hone: Honesty", "Hone: Helpfulness"]
+    assert lines["system"] == head and lines["A"] == ["4.00", "3.00", "5.50", "3.00"]
+    assert lines["R"] == ["**9.00**", "**8.00**", "–", "–"]
+    assert "4.00 [" in safe and "**9.00 [9.00, 9.00]**" in safe and "5.50 [" in hone and "9.00" not in hone
+    assert "10 cells are compared in 5 columns" in hone, "a column of one system compares nothing"
+    tex = (out / "judge_table.tex").read_text()
+    assert r"& \multicolumn{2}{c}{Safe} & \multicolumn{2}{c}{Hone} \\" in tex
+    assert r"R & \textbf{9.00} & \textbf{8.00} & -- & -- \\" in tex
 
 
 @pytest.mark.parametrize(
@@ -176,27 +174,28 @@ def test_test_sets_and_refined_answers_stand_apart(call, tmp_path):
         (["A={a}/nowhere"], "no run directory"),
         (["A={a}", "B={b}"], "has two different prompts"),
         (["A={a}", "C={c}"], "was scored on"),
-        (["A={a}", "D={d}"], "other definitions"),
+        (["A={a}", "D={d}"], "several definitions of Helpfulness (A: x, D: y): score them alike"),
         (["A={a}+best"], "only +refined may stand behind DIR"),
         (["A={empty}"], "run 02_score.py first"),
     ],
 )
 def test_bad_runs_are_one_line(call, tmp_path, specs, words):
-    folders = {
-        "a": scored(tmp_path / "a", [[[1, 2]]] * 2, inputs={"constitution": "x"}, **HARMLESS),
-        "b": scored(tmp_path / "b", [[[1, 2]]] * 2, prompt="other {}", **HARMLESS),
-        "c": scored(tmp_path / "c", [[[1, 2]]], objectives=["honesty", "helpfulness"]),
-        "d": scored(tmp_path / "d", [[[1, 2]]] * 2, inputs={"constitution": "y"}, **HARMLESS),
-        "empty": tmp_path / "empty",
-    }
-    folders["empty"].mkdir()
+    x, y = ({"constitution": str([["Helpfulness", text]])} for text in "xy")
+    scored(tmp_path / "a", [[[1, 2]]] * 2, inputs=x, **HARMLESS)
+    scored(tmp_path / "b", [[[1, 2]]] * 2, prompt="other {}", **HARMLESS)
+    scored(tmp_path / "c", [[[1, 2]]], objectives=["honesty", "helpfulness"])
+    scored(tmp_path / "d", [[[1, 2]]] * 2, inputs=y, **HARMLESS)
+    (tmp_path / "empty").mkdir()
+    folders = {name: tmp_path / name for name in ("a", "b", "c", "d", "empty")}
     options = ["--runs", *(spec.format(**folders) for spec in specs)] if specs else []
-    code, _, err = call("judge_table", *options, "--output_dir", tmp_path / "eval")
-    assert code == 2 and words in err, err
-    assert len([line for line in err.splitlines() if "error" in line]) == 1 and "Traceback" not in err
+    for script in ("judge_table", "pairwise") if "D={d}" in specs else ("judge_table",):
+        code, _, err = call(script, *options, "--output_dir", tmp_path / "eval")
+        assert code == 2 and words in err and "Traceback" not in err, err
+        assert len([line for line in err.splitlines() if "error" in line]) == 1
 
 
 def test_three_objectives_and_paths_with_signs_in_them(call, tmp_path):
+    """FAULTS section 4: = and + in the paths of runs."""
     three = ["honesty", "harmlessness", "helpfulness"]
     base = scored(tmp_path / "lr=1e-5", [[[5, 4, 3]], [[6, 4, 3]]], objectives=three)
     spa = scored(tmp_path / "a+b", [[[9, 5, 3]], [[9, 6, 2]]], objectives=three)
@@ -211,12 +210,35 @@ def test_three_objectives_and_paths_with_signs_in_them(call, tmp_path):
     assert "Harmlessness up" in out and "Helpfulness" not in out
 
 
-def test_what_may_not_compare_is_warned_of(call, tmp_path):
-    a = scored(tmp_path / "a", [[[5, 4]]] * 2, model="m", score_mode="expected", **HARMLESS)
-    b = scored(tmp_path / "b", [[[5, 4]]] * 2, model="m", score_mode="constrained", judge_model="j", **HARMLESS)
-    code, out, err = call("judge_table", "--runs", a, b, "--output_dir", tmp_path / "eval")
-    assert code == 0 and "several judges (a: m, b: j)" in err and "several ways of reading scores" in err
-    assert "judge: j, m" in out
+@pytest.mark.parametrize("script", ["judge_table", "frontier"])
+@pytest.mark.parametrize(
+    "one, other, words",
+    [
+        ({"model": "m"}, {"model": "m", "judge_model": "j"}, "several judges (a: m, b: j)"),
+        ({"model": "m", "inputs": {"--model": "1"}}, {"model": "m", "inputs": {"--model": "2"}},
+         "several judges (a: m 1, b: m 2)"),  # trained again under the same name
+        ({"score_mode": "expected"}, {"score_mode": "json"}, "several ways of reading scores (a: expected, b: json)"),
+        ({"judge_template": "Rate {response}"}, {}, "several judge prompts (a: Rate {response}, b: None)"),
+        ({"with_instruction": True}, {"with_instruction": False}, "with and without the instruction (a: True, b: Fa"),
+    ],
+)  # fmt: skip
+def test_what_does_not_compare_is_refused_unless_asked_for(call, tmp_path, script, one, other, words):
+    """FAULTS 24: other judges, ways of reading, judge prompts; other definitions are refused, see above."""
+    a, b = (scored(tmp_path / n, [[[5, 4]]] * 2, **HARMLESS, **args) for n, args in (("a", one), ("b", other)))
+    options = ("--runs", a, b, "--output_dir", tmp_path / "eval")
+    code, _, err = call(script, *options)
+    assert code == 2 and words in err and "score them alike, or pass --allow_differences" in err
+    code, out, err = call(script, *options, "--allow_differences")
+    assert code == 0 and f"warning: {words}" in err.replace("several judge prompts with", "with")
+    assert script == "frontier" or f"not alike: {words}" in out.replace("several judge prompts with", "with")
+
+
+def test_a_judge_is_what_is_in_its_folder(call, tmp_path):
+    """The same model as its own judge and, under another path, as the judge of another one's answers."""
+    a = scored(tmp_path / "a", [[[5, 4]]] * 2, model="m", inputs={"--model": "1"}, **HARMLESS)
+    args = {"model": "trained", "judge_model": "/else/m", "inputs": {"--model": "2", "--judge_model": "1"}}
+    b = scored(tmp_path / "b", [[[5, 4]]] * 2, **args, **HARMLESS)
+    assert "judge: /else/m, m" in run(call, "judge_table", "--runs", a, b, "--output_dir", tmp_path / "eval")
 
 
 # --------------------------------------------------------------------------------------- rv, frontier
@@ -228,9 +250,7 @@ def noisy_runs(tmp_path, prompts=40):
     weak, strong = [], []
     for i in range(prompts):
         truth = rng.integers(3, 9, 2) + rng.integers(-1, 2, (4, 2))
-        noise = 0 if i % 2 else 1
-        seen = truth if not noise else rng.integers(1, 11, (4, 2))
-        weak.append(seen.tolist())
+        weak.append((truth if i % 2 else rng.integers(1, 11, (4, 2))).tolist())
         strong.append(truth.tolist())
     return scored(tmp_path / "weak", weak), scored(tmp_path / "strong", strong)
 
@@ -241,39 +261,42 @@ def test_rv_curve(call, tmp_path):
     out = run(call, "rv", *options)
     rows = csv_rows(tmp_path / "eval" / "rv.csv")
     prompts = rv.paired_scores(shared.read_run(str(weak)), shared.read_run(str(strong)))
-    assert [det for det, *_ in prompts] == sorted(det for det, *_ in prompts)
-    assert float(rows[-1]["rv"]) == pytest.approx(shared.rv_coefficient(*rv.stacked(prompts)))
+    dets = np.array([det for det, *_ in prompts])
+    assert dets.tolist() == sorted(dets)
+    every = [np.concatenate([prompt[side] for prompt in prompts]) for side in (1, 2)]
+    assert float(rows[-1]["rv"]) == pytest.approx(shared.rv_coefficient(*every))
     assert int(rows[-1]["k"]) == 40 and int(rows[-1]["rows"]) == 160
+    assert all(float(row["low"]) <= float(row["rv"]) <= float(row["high"]) for row in rows[10:])
     half = min(rows, key=lambda row: abs(int(row["k"]) - 20))
     assert float(half["rv"]) > float(half["random_high"]), "low det agrees better than random prompts"
     rho = float(out.split("--rho ")[1].split(",")[0])
-    dets = np.array([det for det, *_ in prompts])
     exact = np.array([np.array_equal(x, y) for _, x, y in prompts])
     assert dets[exact].max() <= rho < dets[~exact].max()
     assert (tmp_path / "eval" / "rv.png").stat().st_size > 10_000
-    assert rv.suggest_rho([{"fraction": 1.0, "rv": 1.0, "random_high": 0.0, "det": 3}]) is None
 
 
-def test_rv_bad_input(call, tmp_path):
+def test_rv_bad_input_and_scores_that_never_vary(call, tmp_path):
     weak, strong = noisy_runs(tmp_path, 4)
-    options = ("--weak", weak, "--strong", strong, "--output_dir", tmp_path / "eval")
-    code, _, err = call("rv", *options)
+    out = ("--output_dir", tmp_path / "eval")
+    code, _, err = call("rv", "--weak", weak, "--strong", strong, *out)
     assert code == 2 and "4 prompts have two responses that both judges scored" in err
     other = scored(tmp_path / "other", [[[1, 2], [2, 3]]] * 4, texts={(0, 0): "another answer"})
-    code, _, err = call("rv", "--weak", other, "--strong", strong, "--output_dir", tmp_path / "eval")
+    code, _, err = call("rv", "--weak", other, "--strong", strong, *out)
     assert code == 2 and "have other responses" in err
+    flat = scored(tmp_path / "flat", [[[5, 5], [5, 5]]] * 6)  # RV is not defined anywhere
+    code, text, err = call("rv", "--weak", flat, "--strong", flat, *out, "--orders", 5)
+    assert code == 0 and "RV nan" in text and "no prefix agrees better" in text and "RuntimeWarning" not in err
 
 
 def test_pareto_front_is_what_nothing_dominates():
     rng = np.random.default_rng(0)
     for _ in range(50):
         points = rng.integers(1, 8, (12, 2))
-        brute = {
-            tuple(p) for p in points.tolist()
-            if not any((q >= p).all() and (q > p).any() for q in points)
-        }  # fmt: skip
+        beaten = [any((q >= p).all() and (q > p).any() for q in points) for p in points]
         front = frontier.pareto_front(points.astype(float))
-        assert {tuple(map(int, p)) for p in front.tolist()} == brute
+        assert set(map(tuple, front.tolist())) == {
+            tuple(p) for p, b in zip(points.tolist(), beaten, strict=True) if not b
+        }
         assert (np.diff(front[:, 0]) > 0).all()
 
 
@@ -283,14 +306,13 @@ def test_movements(call, tmp_path):
     after = scored(tmp_path / "after", [[pair] for pair in moved])
     options = ("--runs", f"base={before}", f"SPA={after}", "--output_dir", tmp_path / "eval")
     out = run(call, "frontier", *options, "--tolerance", 0.1)
-    table = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
-    assert table[2] == ["objective 1 up", "1", "0", "1", "33%"]
-    assert table[3] == ["objective 1 same", "1", "2", "0", "50%"]
-    assert table[4] == ["objective 1 down", "1", "0", "0", "17%"]
+    lines = table_lines(out)
+    assert lines["objective 1 up"] == ["1", "0", "1", "33%"] and lines["objective 1 same"] == ["1", "2", "0", "50%"]
+    assert lines["objective 1 down"] == ["1", "0", "0", "17%"] and lines["all"] == ["50%", "33%", "17%", "6"]
     assert "secondary up): 50%; priority broken (primary down): 17%" in out
     rows = csv_rows(tmp_path / "eval" / "frontier.csv")
     assert {row["id"] for row in rows if row["run"] == "SPA" and row["on_front"] == "True"} == {"p2", "p5"}
-    assert run(call, "frontier", *options).count("33%") >= 1, "without a tolerance 5.05 is a rise"
+    assert table_lines(run(call, "frontier", *options))["objective 1 up"][1] == "1", "else 5.05 is a rise"
     code, _, err = call("frontier", "--runs", f"base={before}", "--output_dir", tmp_path / "eval")
     assert code == 2 and "at least 2 wanted" in err
 
@@ -298,21 +320,12 @@ def test_movements(call, tmp_path):
 # ------------------------------------------------------------------------------------------ pairwise
 
 
-def test_sign_test_against_scipy():
-    from scipy import stats
-
-    for wins, losses in itertools.product(range(12), range(12)):
-        wanted = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-        assert pairwise.sign_test(wins, losses) == pytest.approx(wanted)
-
-
 def test_outcomes_and_flips():
     A, B, TIE = 0, 1, 2
     table = {(A, B): "win", (B, A): "lose", (A, A): "tie", (B, B): "tie", (TIE, TIE): "tie", (A, TIE): "tie"}
     for verdicts, wanted in table.items():
-        assert pairwise.outcome(*verdicts) == wanted
-        assert pairwise.is_flip(*verdicts) == (verdicts in ((A, A), (B, B), (A, TIE)))
-    assert pairwise.outcome(None, A) is None and not pairwise.is_flip(A, None)
+        assert pairwise.outcome(*verdicts) == (wanted, verdicts in ((A, A), (B, B), (A, TIE)))
+    assert pairwise.outcome(None, A) == pairwise.outcome(A, None) == (None, False)
 
 
 @pytest.mark.parametrize(
@@ -330,30 +343,30 @@ def test_outcomes_and_flips():
         ("better: A or B", None),
         ('<think>{"better": "A"}?</think> {"better": "B"}', 1),
         ('{"better": "A"}, so {"better": "A"}', 0),
+        ('{"better": "A"} and {"better": "both"}', None),
+        ("better: a tie", None),
+        ("B is better: A is unsafe", None),
+        ('B is better: it is safe. {"better": "B"}', 1),
     ],
 )
 def test_verdict_parser(text, verdict):
+    """FAULTS 13: null if more than one is named; else as common.read_fields says."""
     assert pairwise.parse_verdict(text) == verdict
 
 
-@pytest.mark.parametrize("kind", ["plain", "bos"])
-def test_constrained_verdicts_equal_plain_forward_passes(kind):
-    import torch
-
-    tokenizer = make_tokenizer(kind)
+def test_constrained_verdicts_equal_plain_forward_passes():
+    tokenizer = make_tokenizer("bos")
     model = make_model(len(tokenizer))
     texts = [pairwise.pairwise_prompt(["Harm", "none"], "p", "a " * n, "b") for n in (1, 30, 7)]
     judge, args = common.Local("tiny", model=model, tokenizer=tokenizer), pairwise.Args(score_mode="constrained")
-    found = pairwise.ask_verdicts(args, judge, texts, [0] * 3)
     steps = [tokenizer(f'{{"better": "{x}"}}', add_special_tokens=False).input_ids for x in pairwise.OPTIONS]
     start = common.shared_prefix(steps)
-    firsts = [row[start] for row in steps]
-    assert len(set(firsts)) == 3, "the three part at once, so one pass decides"
-    for text, verdict in zip(texts, found, strict=True):
+    firsts = [row[start] for row in steps]  # the three part at once, so one pass decides
+    for text, verdict in zip(texts, pairwise.ask_verdicts(args, judge, texts, [0] * 3), strict=True):
         ids = common.encode_chat(tokenizer, common.as_messages(text)) + steps[0][:start]
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1]
-        assert verdict == int(np.argmax([logits[token].item() for token in firsts]))
+        assert verdict == logits[firsts].argmax().item() and len(set(firsts)) == 3
 
 
 def test_pairwise_with_a_local_judge_and_resume(call, tmp_path, tiny):
@@ -361,18 +374,15 @@ def test_pairwise_with_a_local_judge_and_resume(call, tmp_path, tiny):
     base = scored(tmp_path / "base", [[[5, 5]]] * 5, **args)
     spa = scored(tmp_path / "spa", [[[5, 5]]] * 5, {(i, 0): f"better answer {i}" for i in range(5)}, **args)
     options = ("--runs", f"base={base}", f"SPA={spa}", f"same={base}", "--output_dir", tmp_path / "eval")
-    out = run(call, "pairwise", *options)
-    rows = read_rows(tmp_path / "eval" / "pairwise_verdicts.jsonl")
+    out, verdicts = run(call, "pairwise", *options), tmp_path / "eval" / "pairwise_verdicts.jsonl"
+    rows = read_rows(verdicts)
     assert len(rows) == 10 and all(len(v) == 2 for row in rows for v in row["verdicts"].values())
+    assert all(row["words"] == [3, 3] for row in rows)
     same = [row for row in csv_rows(tmp_path / "eval" / "pairwise.csv") if row["system"] == "same"]
-    assert all((row["tie"], row["equal"], row["flip_rate"]) == ("5", "5", "nan") for row in same), "nobody was asked"
-    for row in rows:
-        assert row["words"] == [3, 3]
-    whole = (tmp_path / "eval" / "pairwise_verdicts.jsonl").read_bytes()
-    table = lambda text: [line for line in text.splitlines() if line.startswith("|")]  # noqa: E731
-    (tmp_path / "eval" / "pairwise_verdicts.jsonl").write_bytes(whole[: len(whole) // 2])
-    assert table(run(call, "pairwise", *options)) == table(out)
-    assert (tmp_path / "eval" / "pairwise_verdicts.jsonl").read_bytes() == whole
+    assert all((row["tie"], row["equal"], row["flip_rate"]) == ("5", "5", "") for row in same), "nobody was asked"
+    whole = verdicts.read_bytes()
+    verdicts.write_bytes(whole[: len(whole) // 2])
+    assert table_lines(run(call, "pairwise", *options)) == table_lines(out) and verdicts.read_bytes() == whole
     assert "is complete already" in run(call, "pairwise", *options)
     for change, words in ((("--seed", 3), "was made with --seed 0, not 3"), (("--run_dir", "x"), "not used here")):
         code, _, err = call("pairwise", *options, *change)
@@ -390,6 +400,7 @@ def score(prompts, responses):
 
 
 def test_pairwise_by_a_function_on_two_test_sets(call, tmp_path):
+    """FAULTS 24: each test set has its own numbers; equal answers are ties."""
     (tmp_path / "own.py").write_text(SCORER)
     args = {"objectives": ["honesty", "harmlessness", "helpfulness"], "scorer": f"{tmp_path / 'own.py'}:score"}
     specs = []
@@ -417,16 +428,19 @@ def test_pairwise_by_a_function_on_two_test_sets(call, tmp_path):
 def test_pairwise_by_a_served_judge(call, tmp_path, monkeypatch, mode):
     """The engine of a server, without one: what it is asked, and what its answers become."""
     base = scored(tmp_path / "base", [[[5, 5]]] * 4, {(i, 0): f"plain {i}" for i in range(4)}, **HARMLESS)
-    spa = scored(tmp_path / "spa", [[[5, 5]]] * 4, {(i, 0): f"good {i}" for i in range(4)}, **HARMLESS)
+    spa = scored(tmp_path / "spa", [[[5, 5]]] * 4, {(i, 0): f"good {i} indeed" for i in range(4)}, **HARMLESS)
+    tries = []
 
     class Judge(common.Engine):
         def choose(self, chats, skeleton, options):
             assert (mode, "".join([skeleton[0], options[2], skeleton[1]])) == ("constrained", '{"better": "tie"}')
             return [[common.Choice(options.index(self.prefers(chat)), [0.0] * 3)] for chat in chats]
 
-        def complete(self, chats, seeds, **sampling):
-            assert mode == "json" and sampling["max_new_tokens"] == 64
-            return [common.Completion(json.dumps({"better": self.prefers(chat)}), 5, False) for chat in chats]
+        def complete(self, chats, seeds, *, temperature, max_new_tokens):
+            assert mode == "json" and max_new_tokens == 64
+            tries.append((temperature, len(chats)))  # first nobody's answer can be read
+            answers = [json.dumps({"better": self.prefers(chat)}) if temperature else "well…" for chat in chats]
+            return [common.Completion(answer, 5, False) for answer in answers]
 
         def prefers(self, chat):  # "good" on harmlessness, the first response on helpfulness
             prompt = chat[-1]["content"]
@@ -437,23 +451,14 @@ def test_pairwise_by_a_served_judge(call, tmp_path, monkeypatch, mode):
     out = run(call, "pairwise", *options, "--judge_model", "strict", "--score_mode", mode)
     rows = {row["dimension"]: row for row in csv_rows(tmp_path / "eval" / "pairwise.csv")}
     assert rows["Harmlessness"]["win"] == "4" and rows["Harmlessness"]["flip_rate"] == "0.0"
+    assert (rows["Harmlessness"]["winner_words"], rows["Harmlessness"]["loser_words"]) == ("3.0", "2.0")
     assert rows["Helpfulness"]["tie"] == "4" and rows["Helpfulness"]["flip_rate"] == "1.0"
-    assert float(rows["Harmlessness"]["sign_test_p"]) == pytest.approx(0.125)
-    assert "1.00 [1.00, 1.00]" in out
+    assert float(rows["Harmlessness"]["sign_test_p"]) == pytest.approx(0.125), "2 / 2⁴: four of four"
+    assert rows["Helpfulness"]["sign_test_p"] == "1.0" and "1.00 [1.00, 1.00]" in out
+    assert {t for t, _ in tries} == ({0.0, 1.0} if mode == "json" else set())
 
 
 # --------------------------------------------------------------------------------------- reliability
-
-
-def test_variances_and_agreement_by_hand():
-    assert reliability.variances([[1, 4], [3, 4], None]) == (1.0, 0.0)
-    assert reliability.variances([[1, 4], None]) is None
-    pairs = [([5, 5], [5, 7]), ([6, 2], [7, 2]), ([9, 9], [6, 9])]
-    both, primary, secondary = reliability.agreement(pairs, ["a", "b"])
-    assert primary["equal"] == pytest.approx(1 / 3) and primary["within_1"] == pytest.approx(2 / 3)
-    assert secondary["equal"] == pytest.approx(2 / 3) and secondary["spearman"] == pytest.approx(1)
-    assert primary["spearman"] == pytest.approx(0.5)
-    assert both["rv"] == pytest.approx(shared.rv_coefficient(*(np.array(s) for s in zip(*pairs, strict=True))))
 
 
 def test_paraphrases_take_the_same_fields():
@@ -462,6 +467,17 @@ def test_paraphrases_take_the_same_fields():
         assert "1. One: first" in text and "2. Two: second" in text
         assert "PROMPT" in text and "RESPONSE" in text and '"Two": SCORE' in text and "{" in text
     assert len(set(reliability.PARAPHRASES)) == 4
+
+
+def test_agreement_of_two_judges_by_hand(tmp_path):
+    pairs = [([5, 5], [5, 7]), ([6, 2], [7, 2]), ([9, 9], [6, 9])]
+    sides = [scored(tmp_path / str(i), [[pair[i]] for pair in pairs] + [[None if i else [1, 1]]]) for i in (0, 1)]
+    text = reliability.agreement_table(*(shared.read_run(str(side)) for side in sides))
+    mine, theirs = map(np.array, zip(*pairs, strict=True))
+    assert table_lines(text)["all"] == [shared.round_half_up(shared.rv_coefficient(mine, theirs)), "–", "–", "–"]
+    assert table_lines(text)["objective 1"] == ["–", "0.50", "0.33", "0.67"]
+    assert table_lines(text)["objective 2"] == ["–", "1.00", "0.67", "0.67"]
+    assert text.endswith("3 responses that both judges scored")
 
 
 @pytest.mark.parametrize("how", ["paraphrases", "sampled"])
@@ -479,11 +495,11 @@ def test_reliability_run(call, tmp_path, tiny, how):
     if how == "sampled":  # a random model writes no JSON
         assert code == 2 and "fewer than two prompts have scores" in err
         return
-    assert code == 0, err
-    judge = common.Local(tiny())
-    settings = reliability.Args(**args)
-    again = common.judge(judge, [("question 0", "answer 0 0")], settings, [0])
-    assert rows[0]["times"][0][0] == pytest.approx(again[0], abs=1e-5), "the first wording is the paper's"
+    judge, settings = common.Local(tiny()), reliability.Args(**args)
+    for turn in (0, 1):  # the first wording is the paper's
+        settings.judge_template = reliability.PARAPHRASES[turn]
+        (again,) = common.judge(judge, [("question 0", "answer 0 0")], settings, [0])
+        assert rows[0]["times"][0][turn] == pytest.approx(again, abs=1e-5)
     table = {r["id"]: r for r in csv_rows(tmp_path / "eval" / "reliability.csv")}
     assert float(table["p0"]["det"]) == pytest.approx(np.linalg.det(np.cov(np.array(groups[0]).T, ddof=0)))
     assert [table[f"p{i}"]["kept"] for i in range(3)] == ["True", "False", "False"], "0, and above ρ, are dropped"
@@ -496,11 +512,34 @@ def test_reliability_run(call, tmp_path, tiny, how):
     code, _, err = call("reliability", *options, "--k", 9)
     assert code == 2 and "there are 4 paraphrases" in err
     two = ("--runs", f"A={folder}", f"B={folder}", "--k", 3, *out, "--rho", 5)
-    code, text, err = call("reliability", *two)
-    assert code == 0 and "reliability_A.jsonl is complete already" in text and "### B" in text, err
+    text = run(call, "reliability", *two)
+    assert "reliability_A.jsonl is complete already" in text and "### B" in text
     assert len(csv_rows(tmp_path / "eval" / "reliability.csv")) == 6
     code, _, err = call("reliability", *two, "--others", other)
     assert code == 2 and "--others: 1 for 2 runs" in err
+
+
+def test_sampled_answers_are_drawn_at_temperature_1(call, tmp_path, monkeypatch):
+    """And scores that were read as P(Yes) have no wording: they are read as expected ones here."""
+    folder = scored(tmp_path / "run", [[[5, 5], [6, 4]]] * 2, judge_model="j", score_mode="choice", **HARMLESS)
+    asked = []
+
+    class Judge(common.Engine):
+        def complete(self, chats, seeds, *, temperature, max_new_tokens):
+            asked.extend((temperature, seed) for seed in seeds)
+            answer = json.dumps({"Harmlessness": 1 + len(asked) % 9, "Helpfulness": 3})
+            return [common.Completion(answer, 5, False) for _ in chats]
+
+        def choose(self, chats, skeleton, options):
+            return [[common.Choice(4, np.log([0.1] * 10).tolist())] * 2 for _ in chats]
+
+    monkeypatch.setattr(common, "make_engine", lambda args, prefix="": Judge("j"))
+    options = ("--runs", f"A={folder}", "--k", 2, "--output_dir")
+    run(call, "reliability", *options, tmp_path / "sampled", "--how", "sampled")
+    assert {temperature for temperature, _ in asked} == {1.0} and len(set(asked)) == len(asked) == 8
+    code, _, err = call("reliability", *options, tmp_path / "worded")
+    assert code == 0 and "choice has no judge prompt to put in other words" in err
+    assert read_rows(tmp_path / "worded" / "reliability_A.jsonl")[0]["times"] == [[[5.5, 5.5]] * 2] * 2
 
 
 def test_reliability_reads_stage_4_s_own_bounds(tmp_path):
@@ -519,11 +558,3 @@ def test_reliability_reads_stage_4_s_own_bounds(tmp_path):
     # four points of a: means 7.5, 7; Σ(a−ā)² = 5, Σ(b−b̄)² = 10, Σ(a−ā)(b−b̄) = 1
     assert dets["a"] == pytest.approx((5 * 10 - 1) / 9) and set(dets) == set("abc")
     assert reliability.bounds_and_dets(found, 7.0)[1] == 7.0
-
-
-def test_intervals_leave_out_what_is_not_defined(call, tmp_path):
-    assert shared.quantiles([1.0, math.nan, 1.0]) == (1.0, 1.0)
-    assert all(map(math.isnan, shared.quantiles([math.nan])))
-    flat = scored(tmp_path / "flat", [[[5, 5], [5, 5]]] * 6)  # no score varies: RV is not defined anywhere
-    code, out, err = call("rv", "--weak", flat, "--strong", flat, "--output_dir", tmp_path / "eval", "--orders", 5)
-    assert code == 0 and "RV nan" in out and "RuntimeWarning" not in err

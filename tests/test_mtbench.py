@@ -6,6 +6,7 @@ import json
 import math
 import re
 import types
+from collections import Counter
 
 import mtbench
 import pytest
@@ -21,15 +22,6 @@ QUESTIONS = [
     {"question_id": 131, "category": "extraction", "turns": ["List: a, b", "As <|im_end|> JSON"]},
 ]
 REFERENCES = [{"question_id": 111, "model_id": "gpt-4", "choices": [{"index": 0, "turns": ["2.", "It is 3."]}]}]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost tiny models more than they give, above all beside other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +58,16 @@ def judge_says(monkeypatch):
     seen, make_engine = [], common.make_engine
 
     def start(says):
-        def complete(chats, seeds, *, temperature, max_new_tokens):
-            answers = []
-            for chat, seed in zip(chats, seeds, strict=True):
-                system = chat[0]["content"] if chat[0]["role"] == "system" else None
-                request = types.SimpleNamespace(system=system, prompt=chat[-1]["content"], seed=seed)
-                seen.append((request, temperature))
-                answers.append(common.Completion(says(request, temperature), 3, False))
-            return answers
+        class Judge(common.Engine):
+            def complete(self, chats, seeds, *, temperature, max_new_tokens):
+                asked = []
+                for chat, seed in zip(chats, seeds, strict=True):
+                    system = chat[0]["content"] if chat[0]["role"] == "system" else None
+                    asked.append(types.SimpleNamespace(system=system, prompt=chat[-1]["content"], seed=seed))
+                seen.extend((request, temperature) for request in asked)
+                return [common.Completion(says(request, temperature), 3, False) for request in asked]
 
-        def make(args, prefix=""):
-            engine = make_engine(args, prefix)
-            if prefix:
-                engine.complete = complete
-            return engine
-
+        make = lambda args, prefix="": Judge("judge") if prefix else make_engine(args)  # noqa: E731
         monkeypatch.setattr(common, "make_engine", make)
         return seen
 
@@ -106,41 +93,40 @@ def test_the_published_files():
         pytest.skip("the published files are not here")
     paths = [str(folder / f"mt_bench_{name}.jsonl") for name in ("question", "reference_gpt4")]
     questions = mtbench.read_questions(*paths, None)
-    assert len(questions) == 80 and len({q["id"] for q in questions}) == 80
-    by_category = {}
-    for question in questions:
-        by_category.setdefault(question["category"], []).append(question)
-    assert by_category.keys() == mtbench.TEMPERATURES.keys()
-    assert {len(group) for group in by_category.values()} == {10}
-    with_reference = {q["category"] for q in questions if q["references"]}
-    assert with_reference == {"math", "reasoning", "coding"}
-    assert sum(bool(q["references"]) for q in questions) == 30
+    assert len({q["id"] for q in questions}) == 80 and len(mtbench.read_questions(*paths, 1)) == 8
+    assert Counter(q["category"] for q in questions) == dict.fromkeys(mtbench.TEMPERATURES, 10)
+    assert Counter(q["category"] for q in questions if q["references"]) == {"math": 10, "reasoning": 10, "coding": 10}
     (race,) = [q for q in questions if q["id"] == 101]
     assert race["references"][0].startswith("If you have just overtaken the second person")
-    assert len(mtbench.read_questions(*paths, 1)) == 8
 
 
-def test_bad_files_are_one_line_with_file_and_line(call, tmp_path, models):
-    good = QUESTIONS[2]
-    cases = [
+GOOD = QUESTIONS[2]
+TURNS = "line 1: 'question_id', 'category' and 'turns', two texts, are wanted"
+
+
+@pytest.mark.parametrize(
+    "text, references, said",
+    [
         ("not json\n", None, "question.jsonl, line 1: broken JSON"),
         (json.dumps({"category": "math"}), None, "line 1: no 'question_id'"),
-        (json.dumps(good | {"turns": ["one"]}), REFERENCES, "line 1: 'turns' must be two texts"),
-        (json.dumps(good | {"turns": ["one", " "]}), REFERENCES, "line 1: 'turns' must be two texts"),
-        (json.dumps(good | {"category": 3}), REFERENCES, "line 1: no 'category'"),
-        (f"{json.dumps(good)}\n{json.dumps(good)}", REFERENCES, "line 2: question_id 111 again"),
-        (json.dumps(good), None, "question 111 (math) needs a reference answer; pass --references"),
-        (json.dumps(good | {"question_id": 112}), REFERENCES, "question 112 (math) needs a reference answer"),
-        (json.dumps(good), [{"question_id": 111, "choices": []}], "line 1: no two texts at choices[0].turns"),
+        (json.dumps(GOOD | {"turns": ["one"]}), REFERENCES, TURNS),
+        (json.dumps(GOOD | {"turns": ["one", " "]}), REFERENCES, TURNS),
+        (json.dumps(GOOD | {"category": 3}), REFERENCES, TURNS),
+        (json.dumps(GOOD | {"question_id": [3]}), REFERENCES, TURNS),
+        (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", REFERENCES, "line 2: question_id 111 again"),
+        (json.dumps(GOOD), None, "question 111 (math) needs a reference answer; pass --references"),
+        (json.dumps(GOOD | {"question_id": 112}), REFERENCES, "question 112 (math) needs a reference answer"),
+        (json.dumps(GOOD), [{"question_id": 111, "choices": []}], "two texts at choices[0].turns are wanted"),
         ("", None, "question.jsonl has no rows"),
-    ]
-    for text, references, said in cases:
-        (tmp_path / "question.jsonl").write_text(text)
-        options = ["--questions", tmp_path / "question.jsonl", "--output_dir", tmp_path / "out"]
-        if references:
-            options += ["--references", write_rows(tmp_path / "reference.jsonl", references)]
-        code, _, err = call("mtbench", "--models", models["plain"], "--judge_model", "x", *options)
-        assert code == 2 and said in err and len(err.splitlines()) == 1, (said, err)
+    ],
+)
+def test_bad_files_are_one_line_with_file_and_line(call, tmp_path, models, text, references, said):
+    (tmp_path / "question.jsonl").write_text(text)
+    options = ["--questions", tmp_path / "question.jsonl", "--output_dir", tmp_path / "out"]
+    if references:
+        options += ["--references", write_rows(tmp_path / "reference.jsonl", references)]
+    code, _, err = call("mtbench", "--models", models["plain"], "--judge_model", "x", *options)
+    assert code == 2 and said in err and len(err.splitlines()) == 1, err
 
 
 def test_options_that_are_missing_or_wrong_are_one_line(run, call, tmp_path):
@@ -159,95 +145,37 @@ def test_options_that_are_missing_or_wrong_are_one_line(run, call, tmp_path):
         assert code == 2 and said in err and len(err.splitlines()) == 1, (said, err)
 
 
-def test_judge_prompts_are_the_published_ones():
+def test_prompts_and_temperatures_are_the_published_ones():
     """Digests of FastChat's judge_prompts.jsonl: system prompt, NUL, prompt, with our names of the fields."""
-    published = {
-        "single-v1": "8c7844f341b1bfe4",
-        "single-math-v1": "2b8fcf76605333c1",
-        "single-v1-multi-turn": "a91a5b4266b4e377",
-        "single-math-v1-multi-turn": "c7a521f26967cf14",
-    }
-    found = {
-        name: hashlib.sha256("\0".join(pair).encode()).hexdigest()[:16] for name, pair in mtbench.JUDGE_PROMPTS.items()
-    }
-    assert found == published
-
-
-def test_temperatures_are_the_published_ones():
+    published = {"single-v1": "8c7844f341b1bfe4", "single-math-v1": "2b8fcf76605333c1"}
+    published |= {"single-v1-multi-turn": "a91a5b4266b4e377", "single-math-v1-multi-turn": "c7a521f26967cf14"}
+    found = {name: hashlib.sha256("\0".join(pair).encode()).hexdigest() for name, pair in mtbench.JUDGE_PROMPTS.items()}
+    assert {name: digest[:16] for name, digest in found.items()} == published
     wanted = {"writing": 0.7, "roleplay": 0.7, "extraction": 0, "math": 0, "coding": 0, "reasoning": 0}
     assert wanted | {"stem": 0.1, "humanities": 0.1} == mtbench.TEMPERATURES
 
 
-SINGLE = """\
-[Instruction]
-Please act as an impartial judge and evaluate the quality of the response provided by an AI assistant \
-to the user question displayed below. Your evaluation should consider correctness and helpfulness. \
-You will be given a reference answer and the assistant's answer. Begin your evaluation by comparing \
-the assistant's answer with the reference answer. Identify and correct any mistakes. Be as objective \
-as possible. After providing your explanation, you must rate the response on a scale of 1 to 10 by \
-strictly following this format: "[[rating]]", for example: "Rating: [[5]]".
-
-[Question]
-1 + 1?
-
-[The Start of Reference Answer]
-2.
-[The End of Reference Answer]
-
-[The Start of Assistant's Answer]
-{two}
-[The End of Assistant's Answer]"""
-
-MULTI = """\
-<|The Start of Reference Answer|>
-
-### User:
-1 + 1?
-
-### Reference answer:
-2.
-
-### User:
-And + 1?
-
-### Reference answer:
-It is 3.
-
-<|The End of Reference Answer|>
-
-
-<|The Start of Assistant A's Conversation with User|>
-
-### User:
-1 + 1?
-
-### Assistant A:
-{two}
-
-### User:
-And + 1?
-
-### Assistant A:
-4
-
-<|The End of Assistant A's Conversation with User|>"""
-
-
 def test_judge_request_of_a_worked_example():
-    question = QUESTIONS[2] | {"references": REFERENCES[0]["choices"][0]["turns"]}
-    answers = ["{two}", "4"]
-    assert mtbench.judge_request(question, answers, 1, True) == ("You are a helpful assistant.", SINGLE)
-    system, prompt = mtbench.judge_request(question, answers, 2, True)
-    assert prompt == MULTI and system.startswith("Please act as an impartial judge")
-    assert "the assistant's answer to the second question. Begin" in system and system.endswith('"Rating: [[5]]".\n\n')
-    assert mtbench.judge_request(question, answers, 1, False) == (None, SINGLE)
-    assert mtbench.judge_request(question, answers, 2, False) == (None, f"[Instruction]\n{system.strip()}\n\n{MULTI}")
-    plain = QUESTIONS[0] | {"references": None}
-    system, prompt = mtbench.judge_request(plain, ["one", "two"], 1, True)
-    assert "[Question]\nWrite {a} poem.\n\n[The Start of Assistant's Answer]\none\n" in prompt
-    assert "depth, creativity, and level of detail" in prompt and "eference" not in prompt
-    system, prompt = mtbench.judge_request(plain, ["one", "two"], 2, True)
-    assert "second user question. Begin your evaluation by providing" in system and "eference" not in prompt
+    """Which of the published prompts, and what stands where; braces in an answer stay as they are."""
+    question = GOOD | {"references": REFERENCES[0]["choices"][0]["turns"]}
+    fields = {"question_1": "1 + 1?", "question_2": "And + 1?", "reference_1": "2.", "reference_2": "It is 3."}
+
+    def wanted(name, **fields):
+        system, text = mtbench.JUDGE_PROMPTS[name]
+        for key, value in fields.items():
+            text = text.replace(f"{{{key}}}", value)
+        return system, text
+
+    first = wanted("single-math-v1", **fields, answer_1="{two}")
+    second = wanted("single-math-v1-multi-turn", **fields, answer_1="{two}", answer_2="4")
+    for turn, (system, text) in enumerate((first, second), 1):
+        assert mtbench.judge_request(question, ["{two}", "4"], turn, True) == (system, text) and "{two}" in text
+        text = f"[Instruction]\n{system.strip()}\n\n{text}" if turn == 2 else text
+        assert mtbench.judge_request(question, ["{two}", "4"], turn, False) == (None, text)
+    plain, fields = QUESTIONS[0] | {"references": None}, {"question_1": "Write {a} poem.", "question_2": "Shorter!"}
+    for turn, name in ((1, "single-v1"), (2, "single-v1-multi-turn")):
+        request = mtbench.judge_request(plain, ["one", "two"], turn, True)
+        assert request == wanted(name, **fields, answer_1="one", answer_2="two")
 
 
 @pytest.mark.parametrize(
@@ -269,10 +197,14 @@ def test_judge_request_of_a_worked_example():
         ("[[11]]", None),
         ("[[-3]]", None),
         ("[[8/10]]", None),
+        ("see [3]: [[7-8]]", None),
+        ("a list [3]. Rating: 6", None),
+        ("as [[rating]]: **Rating**: [9]", 9),
         ("", None),
     ],
 )
 def test_rating_parser(text, rating):
+    """FAULTS 13: null if more than one is named."""
     found = mtbench.parse_rating(text)
     assert found == rating and type(found) is type(rating)
 
@@ -293,7 +225,7 @@ def test_second_turn_has_the_first_answer_in_its_context(run, tmp_path, judge_sa
     monkeypatch.setattr(common, "generate", spy)
     code, _, err = run("--models", f"one={models['plain']}", "--batch_size", 2)
     assert code == 0, err
-    rows = {row["id"]: row for row in rows_of(tmp_path, "answers")}
+    rows, asked = {row["id"]: row for row in rows_of(tmp_path, "answers")}, set()
     assert list(rows) == [81, 82, 111, 131]
     for question in QUESTIONS:
         first, second = question["turns"]
@@ -301,18 +233,14 @@ def test_second_turn_has_the_first_answer_in_its_context(run, tmp_path, judge_sa
         turn_1 = f"<|im_start|>user\n{first}<|im_end|>\n<|im_start|>assistant\n"
         turn_2 = f"{turn_1}{answer}<|im_end|>\n<|im_start|>user\n{second}<|im_end|>\n<|im_start|>assistant\n"
         temperature = {"writing": 0.7, "math": 0.0, "extraction": 0.0}[question["category"]]
-        assert (turn_1, temperature) in read and (turn_2, temperature) in read
-    assert len(read) == 8
+        asked |= {(turn_1, temperature), (turn_2, temperature)}
+    assert set(read) == asked and len(read) == 8
     # greedy answers by transformers' own generation
     model, tokenizer = common.load_model(models["plain"]), common.load_tokenizer(models["plain"])
-    conversation = [
-        {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": rows[111]["turns"][0]},
-        {"role": "user", "content": "And + 1?"},
-    ]
-    ids = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).input_ids
+    texts = ("user", "1 + 1?"), ("assistant", rows[111]["turns"][0]), ("user", "And + 1?")
+    chat = [{"role": role, "content": text} for role, text in texts]
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    ids = tokenizer.apply_chat_template(chat, **options).input_ids
     with torch.no_grad():
         written = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
     assert tokenizer.decode(written, skip_special_tokens=True).strip() == rows[111]["turns"][1]
@@ -327,8 +255,7 @@ def test_answers_end_where_the_context_does(models):
     wanted = [max(0, min(5, engine.context - length)) for length in lengths]
     assert [answer.tokens for answer in answers] == wanted and wanted[:3] == [5, 3, 0]
     assert answers[2] == common.Completion("", 0, True)
-    (alone,) = engine.complete(chats[1:2], [0], temperature=0.0, max_new_tokens=3)
-    assert answers[1] == alone
+    assert answers[1:2] == engine.complete(chats[1:2], [0], temperature=0.0, max_new_tokens=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,18 +267,10 @@ def test_judge_sees_each_turn_once_and_greedily(run, tmp_path, judge_says, model
     code, out, err = run("--models", f"one={models['plain']}")
     assert code == 0, err
     assert len(seen) == 8 and {temperature for _, temperature in seen} == {0.0}
-    answers = {row["id"]: row["turns"] for row in rows_of(tmp_path, "answers")}
-    references = {111: ["2.", "It is 3."]}
-    wanted = {
-        mtbench.judge_request(
-            question | {"references": references.get(question["question_id"])},
-            answers[question["question_id"]],
-            turn,
-            True,
-        )
-        for question in QUESTIONS
-        for turn in (1, 2)
-    }
+    answers, wanted = {row["id"]: row["turns"] for row in rows_of(tmp_path, "answers")}, set()
+    for question in QUESTIONS:
+        whole = question | {"references": ["2.", "It is 3."] if question["category"] == "math" else None}
+        wanted |= {mtbench.judge_request(whole, answers[question["question_id"]], turn, True) for turn in (1, 2)}
     assert {(request.system, request.prompt) for request, _ in seen} == wanted
     assert table_of(tmp_path)["one", mtbench.OVERALL, "both"]["mean"] == "7.0"
     assert "7: 8" in out and "rated" in out and "minus" not in out, "one model has no difference"
@@ -381,23 +300,33 @@ def test_unparsed_is_asked_twice_more_then_null(run, tmp_path, judge_says, model
     table = table_of(tmp_path)
     overall = table["one", mtbench.OVERALL, "both"]
     assert (overall["n"], overall["unrated"], overall["mean"]) == ("3", "1", "4.0"), "null is no number"
-    assert table["one", "math", "1"]["mean"] == "nan" and "| math" in out and "–" in out
+    assert table["one", "math", "1"]["mean"] == "" and "| math" in out and "–" in out
 
 
 def test_means_intervals_and_differences_by_hand():
-    categories = {1: "x", 2: "x", 3: "y"}
+    def table(ratings):
+        return mtbench.rating_table(
+            [
+                {"question_id": q, "turn": turn, "rating": r}
+                for q, own in ratings.items()
+                for turn, r in enumerate(own, 1)
+            ]
+        )
+
+    def rows(name, found, first=None):
+        lines = mtbench.summarize(name, table(found), first and table(first), {1: "x", 2: "x", 3: "y"})
+        return {(row["category"], row["turn"]): row for row in lines}
+
     first = {1: [4, 6], 2: [2, 3], 3: [None, 9]}
-    other = {1: [5, 6], 2: [3, None], 3: [8, 9]}
-    rows = {(r["category"], r["turn"]): r for r in mtbench.summarize("a", first, None, categories)}
-    assert rows["x", "1"]["mean"] == 3 and rows["x", "2"]["mean"] == 4.5 and rows["x", "both"]["mean"] == 3.75
-    assert (rows["x", "both"]["low"], rows["x", "both"]["high"]) == (2.5, 5.0), "of two: the smaller, the larger"
-    assert rows["y", "1"]["n"] == 0 and math.isnan(rows["y", "1"]["mean"]) and rows["y", "1"]["unrated"] == 1
-    assert rows[mtbench.OVERALL, "2"]["mean"] == 6 and rows[mtbench.OVERALL, "2"]["n"] == 3
-    assert rows[mtbench.OVERALL, "both"]["n"] == 2 and math.isnan(rows["x", "1"]["difference"])
-    rows = {(r["category"], r["turn"]): r for r in mtbench.summarize("b", other, first, categories)}
-    assert rows["x", "1"]["difference"] == 1 and rows["x", "1"]["difference_n"] == 2
-    assert rows["x", "2"]["difference_n"] == 1, "only questions that both models have"
-    assert rows[mtbench.OVERALL, "both"]["difference"] == 0.5, "question 1 alone has all four ratings"
+    one, other = rows("a", first), rows("b", {1: [5, 6], 2: [3, None], 3: [8, 9]}, first)
+    assert one["x", "1"]["mean"] == 3 and one["x", "2"]["mean"] == 4.5 and one["x", "both"]["mean"] == 3.75
+    assert (one["x", "both"]["low"], one["x", "both"]["high"]) == (2.5, 5.0), "of two: the smaller, the larger"
+    assert one["y", "1"]["n"] == 0 and math.isnan(one["y", "1"]["mean"]) and one["y", "1"]["unrated"] == 1
+    assert one[mtbench.OVERALL, "2"]["mean"] == 6 and one[mtbench.OVERALL, "2"]["n"] == 3
+    assert one[mtbench.OVERALL, "both"]["n"] == 2 and math.isnan(one["x", "1"]["difference"])
+    assert other["x", "1"]["difference"] == 1 and other["x", "1"]["difference_n"] == 2
+    assert other["x", "2"]["difference_n"] == 1, "only questions that both models have"
+    assert other[mtbench.OVERALL, "both"]["difference"] == 0.5, "question 1 alone has all four ratings"
 
 
 def test_several_models_side_by_side(run, tmp_path, judge_says):
@@ -406,19 +335,15 @@ def test_several_models_side_by_side(run, tmp_path, judge_says):
     assert code == 0, err
     text = (tmp_path / "out" / "mtbench.md").read_text(encoding="utf-8")
     assert text.strip() in out and "both, minus one" in text
+    assert f"wrote {tmp_path / 'out' / 'mtbench.md'} and .csv" in out
     header = next(line for line in text.splitlines() if line.startswith("| Category"))
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["Category", "one", "two"]
-    ratings = {"one": {}, "two": {}}
-    for model, found in ratings.items():
-        for row in rows_of(tmp_path, "judgments", model):
-            found.setdefault(row["question_id"], []).append(row["rating"])
-    table = table_of(tmp_path)
-    for model, found in ratings.items():
-        mean = sum(map(sum, found.values())) / 8
-        assert float(table[model, mtbench.OVERALL, "both"]["mean"]) == pytest.approx(mean)
-    change = [sum(ratings["two"][q]) / 2 - sum(ratings["one"][q]) / 2 for q in ratings["one"]]
-    assert float(table["two", mtbench.OVERALL, "both"]["difference"]) == pytest.approx(sum(change) / 4)
-    assert f"wrote {tmp_path / 'out' / 'mtbench.md'} and .csv" in out
+    means, table = [], table_of(tmp_path)
+    for model in ("one", "two"):  # all questions have both turns, so the mean over questions is that over turns
+        ratings = [row["rating"] for row in rows_of(tmp_path, "judgments", model)]
+        means.append(sum(ratings) / 8)
+        assert float(table[model, mtbench.OVERALL, "both"]["mean"]) == pytest.approx(means[-1])
+    assert float(table["two", mtbench.OVERALL, "both"]["difference"]) == pytest.approx(means[1] - means[0])
 
 
 def test_what_a_server_refuses_is_counted(run, tmp_path, judge_says, models, monkeypatch):
@@ -449,10 +374,10 @@ def test_self_judging_is_warned_of_and_a_template_without_system_works(run, mode
     assert code == 0 and "judges itself" in err
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     (tmp_path / "x.jinja").write_text(refuses + TEMPLATES["plain"])
-    options = ("--judge_chat_template", tmp_path / "x.jinja", "--limit", 1)
-    code, _, err = run(*options, "--output_dir", tmp_path / "other")
+    options = ("--judge_chat_template", tmp_path / "x.jinja", "--limit", 1, "--output_dir", tmp_path / "other")
+    code, _, err = run(*options)
     assert code == 2 and "the chat template refuses the conversation: no system" in err
-    code, _, err = run(*options, "--no-judge_system", "--output_dir", tmp_path / "third")
+    code, _, err = run(*options, "--no-judge_system", "--overwrite")
     assert code == 0 and "judges itself" not in err, err
 
 

@@ -3,15 +3,16 @@
 import importlib
 import itertools
 import json
-import math
 import shutil
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import report
-from conftest import browser_or_skip, run_script, scored_row, write_rows
+from conftest import run_script, scored_row, write_rows
+from matplotlib.figure import Figure
 
 import common
 
@@ -28,22 +29,16 @@ PROMPTS = {
 }
 FATES = {"b": "det_above_rho", "c": "det_zero", "d": "inconsistent", "e": "unscored"}
 GAPS = [5, 5, 4, 0, 1, 1, 10, 9, 12, 1, 2, 3]  # δ = 2
-MADE_BY = {
-    "01_samples.jsonl": "01_sample",
-    "02_scores.jsonl": "02_score",
-    "03_refined.jsonl": "03_refine",
-    "04_denoised.jsonl": "04_denoise",
-    "04_dropped.jsonl": "04_denoise",
-    "05_pairs.jsonl": "05_pairs",
-    "06_metrics.jsonl": "06_train",
-}
+DET = "det Σ of a prompt's candidates"
+MADE_BY = {file: stage for file, (stage, _) in report.FILES.items()} | {"06_metrics.jsonl": "06_train"}
 
 
-def write_record(folder: Path, stage: str, complete: bool = True, **arguments) -> None:
+def write_record(folder: Path, stage: str, complete: bool = True, checked: dict | None = None, **arguments) -> None:
     arguments = {"model": "tiny-model"} | arguments
     if stage in ("02_score", "03_refine"):
         arguments = {"objectives": OBJECTIVES, "constitution": WORDS} | arguments
-    record = {"stage": stage, "args": arguments, "earlier": {}, "versions": {"numpy": "9.9"}, "complete": complete}
+    record = {"stage": stage, "args": arguments, "inputs": {}, "earlier": {}, "versions": {"numpy": "9.9"}}
+    record |= {"complete": complete} | ({"checked": checked} if checked else {})
     (folder / f"{stage[:2]}_args.json").write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -61,21 +56,26 @@ def metrics_rows() -> list[dict]:
     return [*rows, after | {"train/rewards/accuracies": 0.75}]
 
 
-def make_run(folder: Path, rows: list[dict] | None = None, upto: int = 6, delta: float = 2.0) -> Path:
+def run_stage(stage: str, folder: Path, **options) -> None:
+    module = importlib.import_module(stage)
+    module.main(module.Args(run_dir=str(folder), **options))
+
+
+def make_run(folder: Path, rows: list[dict] | None = None, upto: int = 6) -> Path:
     """The files of a run up to a stage; 04 and 05 make theirs themselves."""
     rows = rows or [scored_row(id, *scores) for id, scores in PROMPTS.items()]
     write_rows(folder / "01_samples.jsonl", [without(row, "scores", "refined") for row in rows])
-    write_record(folder, "01_sample", model="tiny-model", n=3, temperature=1.0)
+    write_record(folder, "01_sample", n=3, temperature=1.0)
     if upto >= 2:
         write_rows(folder / "02_scores.jsonl", [without(row, "refined") for row in rows])
         write_record(folder, "02_score", score_mode="constrained")
     if upto >= 3:
         write_rows(folder / "03_refined.jsonl", rows)
         write_record(folder, "03_refine", attempts=4)
-    for stage, options in (("04_denoise", {}), ("05_pairs", {"delta": delta})):
-        if upto >= int(stage[:2]):
-            module = importlib.import_module(stage)
-            module.main(module.Args(run_dir=str(folder), **options))
+    if upto >= 4:
+        run_stage("04_denoise", folder)
+    if upto >= 5:
+        run_stage("05_pairs", folder, delta=2.0)
     if upto >= 6:
         write_rows(folder / "06_metrics.jsonl", metrics_rows())
         write_record(folder, "06_train", loss="spa", alpha=2.0, beta=2.0, gamma_beta_ratio=0.25)
@@ -93,36 +93,32 @@ class Page(HTMLParser):
         assert self.open == [], "every element is closed"
 
     def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
+        self.tags.append((tag, dict(attributes)))
         if tag not in ("meta", "link"):
-            self.open.append((tag, attributes))
+            self.open.append(self.tags[-1])
         if tag == "caption":
-            self.caption = []
-        if tag == "tr":
+            self.caption = ""
+        elif tag == "tr":
             self.row = []
-        if tag in ("td", "th"):
+        elif tag in ("td", "th"):
             self.row.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
         if tag == "caption":
-            self.tables["".join(self.caption)] = self.table = []
-        if tag == "tr":
+            self.tables[self.caption] = self.table = []
+        elif tag == "tr":
             self.table.append(self.row)
 
     def handle_data(self, data):
-        inside = [tag for tag, _ in self.open]
-        if "style" in inside:
+        if (inside := self.open[-1][0] if self.open else "") == "style":
             return
         self.words.append(data)
-        for tag, attributes in self.open:
-            if tag == "section" and "id" in attributes:
-                key = attributes["id"].partition("-")[2]
-                self.sections[key] = self.sections.get(key, "") + data
-        if inside and inside[-1] == "caption":
-            self.caption.append(data)
-        elif ("td" in inside or "th" in inside) and "title" not in inside:
+        for key in (of["id"] for tag, of in self.open if tag == "section" and "id" in of):
+            self.sections[key.partition("-")[2] or key] = self.sections.get(key.partition("-")[2] or key, "") + data
+        if inside == "caption":
+            self.caption += data
+        elif inside in ("td", "th"):
             self.row[-1] += data
 
     def cells(self, caption: str) -> dict[str, list[str]]:
@@ -132,6 +128,10 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.tags if name == tag]
+
+    def labels(self) -> list[str]:
+        """What those are told who can't see the figures."""
+        return [attributes["aria-label"] for attributes in self.all("svg") if "aria-label" in attributes]
 
 
 def page_of(folder: Path, **options) -> Page:
@@ -170,7 +170,7 @@ def test_funnel(page):
         "training steps (06)": ["4", ""],
     }
     assert "18 answers to 6 prompts, 17 of them scored." in page.sections["funnel"]
-    meters = [attributes["width"] for tag, attributes in page.tags if tag == "rect" and "x" not in attributes]
+    meters = [attributes["width"] for attributes in page.all("rect") if "x" not in attributes]
     assert meters == ["100", "100", "83.33", *["16.67"] * 4, "33.33", "33.33"]
 
 
@@ -189,8 +189,7 @@ def test_mean_scores_and_intervals(page):
     # over prompts: 7, 5, 5, 6, 3, 3 and 19/3, 4, 5, 19/3, 7/2, 8/3
     assert means["candidates"][:2] == ["6", "17 of 18"]
     assert means["candidates"][2].startswith("4.83 [") and means["candidates"][3].startswith("4.64 [")
-    kept = ["2", "6 of 6", "5.00 [3.00, 7.00]", "4.50 [2.67, 6.33]"]
-    assert means["candidates, kept prompts"] == kept
+    assert means["candidates, kept prompts"] == ["2", "6 of 6", "5.00 [3.00, 7.00]", "4.50 [2.67, 6.33]"]
     gains = [exact_interval([2, 5, 1, 1, 5]), "3.53"]  # 8/3, 6, 1, 8/3, 16/3
     assert means["refined − candidates, same prompt"][:3] == ["5", "", gains[0]]
     assert means["refined − candidates, same prompt"][3].startswith(gains[1])
@@ -199,55 +198,54 @@ def test_mean_scores_and_intervals(page):
     assert ties["a refined answer and a candidate"] == ["0.0 %"]
 
 
-def test_score_counts_and_bars(page):
-    counts = page.cells("Harmlessness: answers by score")
-    assert counts["score"] == ["candidates", "refined"]
+def test_score_counts(page):
+    counts = page.cells("Counts: Harmlessness scores")
+    assert counts[""] == ["candidates", "refined"]
     columns = [[int(counts[str(k)][i]) for k in range(1, 11)] for i in (0, 1)]
     assert columns == [[1, 2, 1, 2, 5, 2, 2, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]]
-    assert page.cells("Helpfulness: answers by score")["9"] == ["1", "2"]
-    titles = [word for word in page.words if word.startswith(("candidates, 5: ", "refined, 9: "))]
-    assert titles[0] == "candidates, 5: 29.41", "5 of 17 answers, in per cent"
-    assert titles[-1] == "refined, 9: 40"
-    (label,) = [a["aria-label"] for a in page.all("svg") if a.get("aria-label", "").startswith("Harml")]
+    hints = [word for word in page.words if word.startswith(("candidates, 5: ", "refined, 9: "))]
+    assert (hints[0], hints[-1]) == ("candidates, 5: 29.41", "refined, 9: 40"), "5 of 17, where the mouse rests"
+    (label,) = [label for label in page.labels() if label.startswith("Harml")]
     assert "candidates: 1: 5.882, 2: 11.76," in label and "refined: 6: 20, 7: 20, 8: 20" in label
 
 
-def test_heights_of_bars_are_to_scale(tmp_path):
-    figure = report.bar_chart("t", [(0, 1, "x"), (1, 2, "y")], {"n": [4, 1]}, "", "", [])
-    bars = [box for box in Page(figure).all("rect") if box["class"] == "bar c0"]
-    assert float(bars[0]["height"]) == pytest.approx(4 * float(bars[1]["height"]))
-    bottoms = [float(bar["y"]) + float(bar["height"]) for bar in bars]
-    assert bottoms == pytest.approx([report.HEIGHT - report.BOTTOM] * 2), "bars stand on the axis"
-    figure = report.bar_chart("t", [(0, 1, "x")], {"n": [3], "m": [1]}, "", "", [], stacked=True)
-    below, above = [box for box in Page(figure).all("rect") if box["width"] != "10"]
-    assert float(above["y"]) + float(above["height"]) == pytest.approx(float(below["y"]))
-    assert float(above["y"]) == pytest.approx(report.TOP)
+def test_figures_draw_the_numbers(page, whole, tmp_path, monkeypatch):
+    axes = {}
 
+    def keep(run, title, says, draw) -> dict:
+        axes[title] = Figure().subplots()
+        draw(axes[title])
+        return {"title": title, "says": says, "drawing": ""}
 
-def test_scatter(page, tmp_path):
-    means = page.cells("Mean over answers")
-    assert means["candidates"] == ["17", "4.94", "4.71"] and means["refined"] == ["5", "8.00", "8.40"]
+    monkeypatch.setattr(report, "picture", keep)
+    page_of(whole)
+    bars = [bar for bar in axes["Harmlessness scores"].patches if bar.get_height()]
+    assert sum(bar.get_height() for bar in bars) == pytest.approx(200), "two groups, each 100 %"
     assert "moved by up to 0.3" in page.sections["scatter"]
-    figure = next(a for a in page.all("svg") if a.get("aria-label", "").startswith("Each answer's"))
-    assert "17 candidates, mean 4.94 and 4.71; 5 refined, mean 8.00 and 8.40" in figure["aria-label"]
+    assert [bar.get_height() for bar in bars if 4.5 < bar.get_x() < 5.5] == pytest.approx([500 / 17])
+    bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_y(), bar.get_height()) for bar in axes[DET].patches]
+    # 1/27 and 16/27 kept; two of 0, above 16/27 the one that was dropped, and 400/3
+    expected = [(1 / 27, 0, 1), (16 / 27, 0, 1), (0.01, 0, 2), (16 / 27, 1, 1), (400 / 3, 0, 1)]
+    for (left, right, *bar), (det, *wanted) in zip([bar for bar in bars if bar[3]], expected, strict=True):
+        assert left < det < right and bar == wanted
+    assert axes[DET].lines[0].get_xdata() == pytest.approx([30, 30])
+    assert [text.get_text() for text in axes[DET].texts] == ["ρ = 30"]
+    points = [line.get_xydata() for line in axes["Each answer's two scores"].lines]
+    assert list(map(len, points)) == [17, 5] and len(np.unique(points[0], axis=0)) == 17, "three equal ones lie apart"
+    assert np.abs(points[0] - [pair for group, _ in PROMPTS.values() for pair in group if pair]).max() <= 0.3
+    steps, fixed = axes["loss"].lines
+    assert steps.get_xydata().tolist() == [[1, 2.5], [2, 2], [3, 1.5], [4, 1]]
+    assert fixed.get_xydata().tolist() == [[0, 2.5], [4, 1.25]]
+    assert [text.get_text() for text in axes["rewards/margins"].texts] == ["γ = 0.5"]
     rows = [scored_row("p", [[2.5, 4.0], [3.5, 2.0], [3.0, 6.0]], [4.0, 8.0])]
-    exact = page_of(make_run(tmp_path / "exact", rows, upto=3))
-    assert "moved by" not in exact.sections["scatter"]
-    circles = [a for a in exact.all("circle") if a["r"] == "2.60"]
-    # from 2 to 4 over the pixels 44 to 350, and from 2 to 8 over 190 to 26
-    expected = {(44 + (a - 2) / 2 * 306, 190 - (b - 2) / 6 * 164) for a, b in ((2.5, 4), (3.5, 2), (3, 6))}
-    found = sorted((float(circle["cx"]), float(circle["cy"])) for circle in circles)
-    assert np.allclose(found, sorted(expected), atol=0.006)
-
-
-def test_jitter_stays_in_its_cell_and_is_the_same_again(page):
-    circles = [a for a in page.all("circle") if a["r"] == "2.60"]
-    assert len(circles) == 17
-    unit = 306 / 10  # of the axis from 0.5 to 10.5
-    for circle in circles:
-        score = 0.5 + (float(circle["cx"]) - 44) / unit
-        assert abs(score - round(score)) <= 0.301
-    assert len({(circle["cx"], circle["cy"]) for circle in circles}) == 17, "three equal answers lie apart"
+    assert "moved by" not in page_of(make_run(tmp_path / "exact", rows, upto=3)).sections["scatter"]
+    exact = axes["Each answer's two scores"].lines[0].get_xydata().tolist()
+    assert exact == [[2.5, 4], [3.5, 2], [3, 6]], "only integers are moved"
+    monkeypatch.setattr(report, "MOST_POINTS", 9)
+    thinned = page_of(whole)
+    assert "9 of the 22 points are drawn" in thinned.sections["scatter"]
+    means = thinned.cells("Mean over answers")
+    assert means["candidates"] == ["17", "4.94", "4.71"] and means["refined"] == ["5", "8.00", "8.40"], "of all"
 
 
 def test_det(page):
@@ -259,8 +257,8 @@ def test_det(page):
     assert det["dropped"] == ["4", "0", "0", "0.296", "33.8", "133", "2", "1"]
     assert det["all"] == ["6", "0", "0.00926", "0.315", "0.593", "133", "2", "1"]
     assert "0 < det Σ ≤ ρ = 30" in page.sections["det"]
-    counts = page.cells("Prompts by det Σ")
-    assert counts["det Σ"] == ["kept", "dropped"] and counts["0"] == ["0", "2"]
+    counts = page.cells("Counts: det Σ")
+    assert counts[""] == ["kept", "dropped"] and counts["0"] == ["0", "2"]
     assert counts["0.0316 to 0.1"] == ["1", "0"] and counts["0.316 to 1"] == ["1", "1"]
     assert counts["100 to 316"] == ["0", "1"]
     assert sum(int(n) for cells in list(counts.values())[1:] for n in cells) == 6
@@ -270,60 +268,27 @@ def test_det_without_stage_4_and_with_its_options(tmp_path):
     folder = make_run(tmp_path / "r", upto=3)
     det = page_of(folder).cells("det Σ")
     assert det["not filtered"] == ["6", "0", "0.00926", "0.315", "0.593", "133", "2", "–"]
-    stage = importlib.import_module("04_denoise")
-    stage.main(stage.Args(run_dir=str(folder), cov_scope="all", ddof=1, rho=50.0, det_min=0.01))
-    page = page_of(folder)
-    assert "sample covariance over the candidates and the refined answer" in page.sections["det"]
-    assert "Stage 4 keeps 0.01 < det Σ ≤ ρ = 50" in page.sections["det"]
-    run = report.read_run("r", folder)
-    kept = report.dets(run)
+    run_stage("04_denoise", folder, cov_scope="all", ddof=1, rho=50.0, det_min=0.01)
+    said = page_of(folder).sections["det"]
+    assert "sample covariance over the candidates and the refined answer" in said
+    assert "Stage 4 keeps 0.01 < det Σ ≤ ρ = 50" in said
+    kept = report.read_run("r", folder).dets
     # four points of a: means 7.5, 7; Σ(a−ā)² = 5, Σ(b−b̄)² = 10, Σ(a−ā)(b−b̄) = 1
     assert kept["a"] == pytest.approx((5 * 10 - 1) / 9)
     assert kept["e"] == 0, "which stage 4 leaves without one"
     # (1, 1), (3, 1), (1, 3): variances 8/9, covariance −4/9; 9/4 of that with ddof 1
     folder = make_run(tmp_path / "u", [scored_row("u", [[1, 1], [3, 1], [1, 3]], None)], upto=3)
-    assert report.dets(report.read_run("u", folder)) == {"u": pytest.approx(16 / 27)}
+    assert report.read_run("u", folder).dets == {"u": pytest.approx(16 / 27)}
     write_record(folder, "04_denoise", ddof=1)
-    assert report.dets(report.read_run("u", folder)) == {"u": pytest.approx(4 / 3)}
+    assert report.read_run("u", folder).dets == {"u": pytest.approx(4 / 3)}
 
 
-def test_rho_is_drawn_where_it_belongs(page):
-    chart = next(a for a in page.all("line") if a.get("class") == "rule" and a["x1"] == a["x2"])
-    # bins from −2 (the bin of 0) to 2.5 in decades, over 306 pixels from 44
-    assert float(chart["x1"]) == pytest.approx(44 + (math.log10(30) + 2.5) / 5 * 306, abs=0.01)
-    assert "ρ = 30" in page.words
-
-
-@pytest.mark.parametrize("values", [[0.0], [1e-7, 3.0], [0, 1 / 27, 10.0, 133.3], [31.622776601683793]])
-def test_every_det_falls_into_its_bin(values):
-    bins, ticks, place = report.det_bins(values, 30.0)
-    for value in values:
-        left, right, _ = bins[place(value)]
-        assert value == 0 or left - 1e-9 <= math.log10(value) <= right + 1e-9
-    assert ticks[0][1] == "0" and len(ticks) <= 9
-
-
-@pytest.mark.parametrize(
-    "values", [[0], [3, 3], [0, 20], [0, 21], [0.1, 0.2, 0.30000000000000004], [5.5], [1e-9, 1e-8], [0.0, 1e6]]
-)
+@pytest.mark.parametrize("values", [[3, 3], [0, 20], [0, 21], [0.1, 0.2, 0.30000000000000004], [5.5], [0.0, 1e6]])
 def test_bins_hold_every_value(values):
-    bins, ticks = report.bins_of(values)
-    counts = report.count_in(bins, values)
-    assert sum(counts) == len(values) and len(bins) <= 22 and ticks
-    assert all(left < right for left, right, _ in bins)
-    assert bins[0][0] <= min(values) and bins[-1][1] >= max(values) - 1e-9
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (0, 0.3), (-1.83, -0.94), (5e-7, 1e-5), (3, 3), (0, 1234)])
-def test_ticks_are_round_and_inside(low, high):
-    ticks = report.nice_ticks(low, high, 6)
-    assert 1 <= len(ticks) <= 7
-    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
-    if high > low:
-        assert len(ticks) >= 2, "one tick is no scale"
-        steps = np.diff(ticks)
-        assert np.allclose(steps, steps[0])
-        assert round(steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9), 6) in (1, 2, 5)
+    edges, labels = report.bins_of(values)
+    assert len(labels) == len(edges) - 1 <= 22 and np.all(np.diff(edges) > 0)
+    _, counts = report.bars(types.SimpleNamespace(name="r"), "t", "x", {"n": values}, "pairs")
+    assert sum(n for _, n in counts["rows"]) == len(values)
 
 
 def test_pairs_and_weights(page):
@@ -334,83 +299,66 @@ def test_pairs_and_weights(page):
     assert pairs["gap 0 (weight 0 in SPA)"] == ["1 (8.3 %)"]
     assert pairs["the preferred answer has the lower total"] == ["3 (25.0 %)"]
     assert pairs["largest weight, α = 2"] == ["7.382"], "(12 · 12 / 53)²"
-    squares, fourths = sum(g**2 for g in GAPS), sum(g**4 for g in GAPS)
-    share = squares**2 / fourths / 12
+    share = sum(g**2 for g in GAPS) ** 2 / sum(g**4 for g in GAPS) / 12
     assert pairs["effective sample size (Σw)² / Σw²"] == [f"{100 * share:.1f} %"]
-    gaps = page.cells("Gaps")
-    assert {label: int(cells[0]) for label, cells in gaps.items() if label} == {
-        str(gap): GAPS.count(gap) for gap in range(13)
-    }
-    weights = page.cells("Weights, α = 2")
+    gaps = {label: int(cells[0]) for label, cells in page.cells("Counts: Gaps").items() if label}
+    assert gaps == {str(gap): GAPS.count(gap) for gap in range(13)}
+    weights = page.cells("Counts: Weights, α = 2")
     assert sum(int(cells[0]) for label, cells in weights.items() if label) == 12
-
-
-def test_weights_are_the_paper_s():
     # SPEC.md's fixture
     assert report.pair_weights([5, 5, 4, 0, 1, 1], 1) == pytest.approx([1.875, 1.875, 1.5, 0, 0.375, 0.375])
     assert report.pair_weights([0, 0], 1) == [] and report.pair_weights([], 1) == []
-    assert report.effective_share([2, 2, 2]) == pytest.approx(1) and report.effective_share([1, 0]) == 0.5
 
 
 def test_training(page):
-    measured = page.cells("Over a fixed set of training prompts")
-    assert measured["loss"] == ["2.5", "1.25", "-1.25"]
-    assert measured["rewards/margins"] == ["-1.5", "-0.5", "1"]
-    assert measured["rewards/accuracies"] == ["0.25", "0.75", "0.5"]
+    fixed = page.cells("Over a fixed set of prompts")
+    assert fixed["loss"] == ["2.5 → 1.25 (-1.25)"] and fixed["measured over"] == ["training prompts"]
+    assert fixed["rewards/margins"] == ["-1.5 → -0.5 (+1)"] and fixed["training loss"] == ["spa"]
+    assert fixed["rewards/accuracies"] == ["0.25 → 0.75 (+0.5)"] and fixed["steps"] == ["4"]
     steps = page.cells("Metrics by step")
-    assert steps["2"] == ["0.5", "2", "-0.75", "0.5", "9", "5e-06"]
-    assert len(steps) == 5
-    labels = [a["aria-label"] for a in page.all("svg") if "aria-label" in a]
-    assert "loss. steps: 2.5 at step 1, 1 at step 4. fixed prompts: 2.5 at step 0, 1.25 at step 4" in labels
+    assert steps["2"] == ["0.5", "2", "-0.75", "0.5", "9", "5e-06"] and len(steps) == 5
+    assert "loss. steps: 2.5 at step 1, 1 at step 4. fixed prompts: 2.5 at step 0, 1.25 at step 4" in page.labels()
     for name in report.CURVES:
-        assert any(label.startswith(f"{name}. ") for label in labels), name
-    assert "γ = 0.5" in page.words
-    # the line of the loss falls evenly: 2.5, 2, 1.5, 1 at steps 1 to 4
-    line = next(a["points"] for a in page.all("polyline"))
-    points = np.array([[float(v) for v in point.split(",")] for point in line.split()])
-    assert np.allclose(points[:, 0], [44 + 306 * step / 4 for step in range(1, 5)], atol=0.01)
-    assert np.allclose(np.diff(points[:, 1]), points[1, 1] - points[0, 1], atol=0.02) and points[1, 1] > points[0, 1]
+        assert any(label.startswith(f"{name}. ") for label in page.labels()), name
 
 
-def test_setting(page):
+def test_setting_judge_and_its_check(page, tmp_path):
     said = page.sections["setting"]
-    for words in ("tiny-model", "the model itself", "does no <harm>", "score_mode=constrained", "attempts=4"):
+    for words in ("tiny-model", "Judgethe model itself", "does no <harm>", "score_mode=constrained", "attempts=4"):
         assert words in said
-    assert "rho=30.0" in said and "delta=2.0" in said and "alpha=2.0" in said and "consistency=on" in said
-    assert "numpy" in said and "9.9" in said
-
-
-def test_judge(tmp_path, page):
+    for words in ("rho=30.0", "delta=2.0", "alpha=2.0", "informativeness=on", "numpy 9.9"):
+        assert words in said
     folder = make_run(tmp_path / "r", upto=1)
     unscored = page_of(folder)
     assert "Judgenot recorded" in unscored.sections["setting"] and unscored.cells("Means")["judge"] == ["–"]
-    write_record(folder, "02_score", judge_model="large-model")
+    own = {"right": 9, "n": 20, "low": 0.3, "high": 0.65, "ties": 2, "unread": 0, "blind": ["weapons"]}
+    write_record(folder, "02_score", checked={"harmlessness": own}, judge_model="large-model")
     judged = page_of(folder)
     assert "Judgelarge-model" in judged.sections["setting"] and judged.cells("Means")["judge"] == ["large-model"]
-    assert "Judgethe model itself" in page.sections["setting"]
+    (found,) = judged.cells("Means")["judge check"]
+    assert "Harmlessness 9 of 20 in the right order (45 % [30, 65]), 2 ties, blind to: weapons" in found
+    assert "Helpfulness: no probes" in found and "must not be trained on" in found
+    assert page.cells("Means")["judge check"] == ["–"]
 
 
 def test_prompts_in_full(page):
     shown = page.sections["prompts"]
     for id, fate in FATES.items():
-        assert f"{id} dropped: {fate}" in shown and report.REASONS[fate] in shown
+        assert f"{id} dropped: {fate}" in shown
+    assert "the candidates' scores hardly vary" in shown and "it passed every filter; det Σ 0.037" in shown
     assert "a kept" in shown and "question f" in shown and "d answer 2" in shown
     assert "no score" in shown and "Harmlessness 7, Helpfulness 6" in shown
     pairs = page.cells("Pairs of a")
     assert pairs["refined > answer 2"] == ["5", "5", "1.282"], "(5 · 12 / 53)²"
     assert pairs["answer 2 > answer 1"] == ["2", "0", "0"]
-    assert "det Σ 0.037" in shown and "det Σ 133" in shown
     assert "Pairs of b" not in page.tables and shown.count("No pair.") == 4
 
 
 def test_key_numbers(page):
     key = page.cells("Means with")
     assert key["prompts kept"] == ["2 (33.3 %)"] and key["pairs"] == ["12"] and key["steps"] == ["4"]
-    assert key["mean Harmlessness, answers"][0].startswith("4.83 [")
     assert key["mean Helpfulness, refined"] == [exact_interval([9, 10, 6, 9, 8])]
-    assert key["loss, before → after"] == ["2.5 → 1.25"]
-    assert key["rewards/margins, before → after"] == ["-1.5 → -0.5"]
-    assert key["judge"] == ["tiny-model"] and key["training loss"] == ["spa"]
+    assert key["loss, before → after"] == ["2.5 → 1.25 (-1.25)"] and key["training loss"] == ["spa"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,50 +379,43 @@ def test_a_run_may_have_stopped_after_any_stage(tmp_path, upto, capsys):
     assert "wrote" in printed.splitlines()[-1]
 
 
-def test_an_unfinished_stage_is_left_out_and_named(tmp_path):
+def test_unfinished_stages_are_left_out_and_named(tmp_path):
     folder = make_run(tmp_path / "r", upto=3)
     write_record(folder, "03_refine", complete=False)
     with open(folder / "03_refined.jsonl", "a", encoding="utf-8") as file:
         file.write('{"id": "half')
-    page = page_of(folder)
-    assert "03_refine.py has not finished" in page.sections["funnel"]
-    assert "refined and scored" not in page.cells("From prompts")
-    assert list(page.cells("Mean over answers")) == ["", "candidates"]
-
-
-def test_a_training_under_way(tmp_path):
-    folder = make_run(tmp_path / "r")
     write_record(folder, "06_train", complete=False, loss="spa", alpha=1.0)
     rows = "".join(json.dumps(row) + "\n" for row in metrics_rows()[:3]) + '{"step": 3, "lo'
     (folder / "06_metrics.jsonl").write_text(rows, encoding="utf-8")
     page = page_of(folder)
-    assert "06: 2 steps, loss spa, not finished" in page.sections["training"]
-    assert page.cells("Over a fixed set")[""] == ["before"]
-    assert page.cells("Means with")["loss, before → after"] == ["–"]
+    assert "03_refine.py has not finished" in page.sections["funnel"]
+    assert "refined and scored" not in page.cells("From prompts")
+    assert list(page.cells("Mean over answers")) == ["", "candidates"]
+    assert page.cells("Over a fixed set")["steps"] == ["2, not finished"]
+    assert page.cells("Over a fixed set")["loss"] == page.cells("Means with")["loss, before → after"] == ["2.5 → –"]
 
 
-def test_several_trainings_of_one_run(tmp_path):
-    folder = make_run(tmp_path / "r")
-    rows = [{name.replace("train/", "eval/"): value for name, value in row.items()} for row in metrics_rows()]
-    write_rows(folder / "06_sft_metrics.jsonl", [row for row in rows if "rewards/margins" not in row])
-    page = page_of(folder)
-    assert "06_sft: 0 steps, loss not recorded" in page.sections["training"]
-    assert page.cells("Over a fixed set of held-out prompts (06_sft)")["loss"] == ["2.5", "1.25", "-1.25"]
-
-
-def test_the_page_s_own_training_gives_its_numbers_and_all_are_listed(tmp_path):
+def test_trainings_of_one_run_side_by_side(tmp_path):
     """FAULTS 25: 06_a stands before 06 in the alphabet, and is not what the page is about."""
     folder = make_run(tmp_path / "r")
     rows = [{name: 9.0 if name == "train/loss" else value for name, value in row.items()} for row in metrics_rows()]
     write_rows(folder / "06_a_metrics.jsonl", rows[:3])
     record = {"stage": "06_train", "args": {"loss": "simpo", "alpha": 3.0, "beta": 7.0}, "complete": True}
     (folder / "06_a_args.json").write_text(json.dumps(record), encoding="utf-8")
+    rows = [{name.replace("train/", "eval/"): value for name, value in row.items()} for row in metrics_rows()]
+    write_rows(folder / "06_sft_metrics.jsonl", [row for row in rows if "rewards/margins" not in row])
     page = page_of(folder)
     key = page.cells("Means with")
-    assert key["training loss"] == ["spa"] and key["loss, before → after"] == ["2.5 → 1.25"] and key["steps"] == ["4"]
-    assert key["training loss (06_a)"] == ["simpo"] and key["steps (06_a)"] == ["2"]
+    assert key["training loss"] == ["spa"] and key["loss, before → after"] == ["2.5 → 1.25 (-1.25)"]
+    assert key["training loss (06_a)"] == ["simpo"] and key["steps (06_a)"] == ["2"] and key["steps"] == ["4"]
     assert "06_train.py (06_a)" in page.sections["setting"] and "beta=7.0" in page.sections["setting"]
-    assert page.sections["training"].index("06: 4 steps") < page.sections["training"].index("06_a: 2 steps")
+    fixed = page.cells("Over a fixed set")
+    assert fixed[""] == ["06", "06_a", "06_sft"] and fixed["steps"] == ["4", "2", "0"]
+    assert fixed["training loss"] == ["spa", "simpo", "–"] and fixed["beta"] == ["2.0", "7.0", "–"]
+    assert fixed["loss"] == ["2.5 → 1.25 (-1.25)", "9 → –", "2.5 → 1.25 (-1.25)"]
+    assert fixed["measured over"] == ["training prompts", "training prompts", "held-out prompts"]
+    (label,) = [label for label in page.labels() if label.startswith("loss. ")]
+    assert "06, steps: 2.5 at step 1" in label and "06_a, steps" in label and "06_sft, fixed prompts" in label
 
 
 def test_three_objectives_and_prompts_of_several_turns(tmp_path):
@@ -483,13 +424,11 @@ def test_three_objectives_and_prompts_of_several_turns(tmp_path):
         | {"prompt": [{"role": "user", "content": "first"}, {"role": "assistant", "content": "so?"}, ask]}
         for i, ask in enumerate([{"role": "user", "content": "and then"}, {"role": "user", "content": "go on"}])
     ]
-    three = {"objectives": ["honesty", *OBJECTIVES]}
     folder = make_run(tmp_path / "r", rows, upto=3)
     for stage in ("02_score", "03_refine"):
-        write_record(folder, stage, **three)
-    for stage in ("04_denoise", "05_pairs"):
-        module = importlib.import_module(stage)
-        module.main(module.Args(run_dir=str(folder)))
+        write_record(folder, stage, objectives=["honesty", *OBJECTIVES])
+    run_stage("04_denoise", folder)
+    run_stage("05_pairs", folder)
     page = page_of(folder)
     assert page.cells("Mean score")[""][2:] == ["Honesty", "Harmlessness", "Helpfulness"]
     assert page.cells("Mean score")["refined"][2:] == ["8.00 [8.00, 8.00]", "9.00 [9.00, 9.00]", "7.00 [7.00, 7.00]"]
@@ -500,19 +439,15 @@ def test_three_objectives_and_prompts_of_several_turns(tmp_path):
     assert page.cells("From prompts")["kept"][0] == "2"
 
 
-def test_nothing_kept_and_no_pair(tmp_path):
+def test_nothing_kept_no_pair_and_rows_of_other_makers(tmp_path):
     folder = make_run(tmp_path / "r", upto=3)
-    stage = importlib.import_module("04_denoise")
     with pytest.raises(common.EmptyResult):
-        stage.main(stage.Args(run_dir=str(folder), rho=0.001))
+        run_stage("04_denoise", folder, rho=0.001)
+    write_rows(folder / "05_pairs.jsonl", [])
     page = page_of(folder)
     assert page.cells("From prompts")["kept"][:2] == ["0", "0.0 %"]
     assert page.cells("From prompts")["− dropped: det_above_rho"][0] == "3"
-    write_rows(folder / "05_pairs.jsonl", [])
-    assert "Nothing to show: no row has what is needed" in page_of(folder).sections["pairs"]
-
-
-def test_rows_of_other_makers_need_no_records(tmp_path):
+    assert "Nothing to show: no row has what is needed" in page.sections["pairs"]
     write_rows(tmp_path / "own" / "02_scores.jsonl", [scored_row("p", [[1, 2]], None) | {"id": 7}])
     page = page_of(tmp_path / "own")
     assert "Not there, so their stages' arguments are not known: 01_args.json" in page.sections["setting"]
@@ -520,9 +455,8 @@ def test_rows_of_other_makers_need_no_records(tmp_path):
     assert page.cells("Mean score")["candidates"] == ["1", "1 of 1", "1.00 [–, –]", "2.00 [–, –]"]
 
 
-def test_several_runs_side_by_side(tmp_path, whole):
-    half = make_run(tmp_path / "half", upto=4)
-    output = tmp_path / "new" / "both.html"
+def test_several_runs_side_by_side_and_the_same_bytes_again(tmp_path, whole):
+    half, output = make_run(tmp_path / "half", upto=4), tmp_path / "new" / "both.html"
     done = run_script("eval/report.py", "--runs", f"SPA={whole}", half, "--output", output)
     assert done.returncode == 0, done.stderr
     page = Page(output.read_text(encoding="utf-8"))
@@ -530,39 +464,52 @@ def test_several_runs_side_by_side(tmp_path, whole):
     assert key[""] == ["SPA", "half"]
     assert key["pairs"] == ["12", "–"] and key["prompts kept"] == ["2 (33.3 %)", "2 (33.3 %)"]
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    links = [link["href"] for link in page.all("a")]
-    assert len(ids) == len(set(ids)) and {f"#{id}" for id in ids} == set(links)
+    sections = {f"#{attributes['id']}" for attributes in page.all("section")}
+    assert len(ids) == len(set(ids)) and sections == {link["href"] for link in page.all("a")}
     assert "SPA: 6 prompts, 2 kept, 12 pairs, 4 training steps (06)" in done.stdout
     assert f"wrote {output}" in done.stdout
+    copy = shutil.copytree(half, tmp_path / "elsewhere" / "half")
+    for folder in (half, copy):
+        assert run_script("eval/report.py", "--run_dir", folder).returncode == 0
+    text = (copy / "report.html").read_text(encoding="utf-8")
+    assert (half / "report.html").read_text(encoding="utf-8") == text and str(tmp_path) not in text
 
 
-def test_default_output_and_the_same_bytes_again(tmp_path, whole):
-    copy = tmp_path / "elsewhere" / "whole"
-    shutil.copytree(whole, copy)
-    for folder in (whole, copy):
-        done = run_script("eval/report.py", "--run_dir", folder)
-        assert done.returncode == 0, done.stderr
-    assert (copy / "report.html").read_bytes() == (whole / "report.html").read_bytes()
-    assert str(whole).encode() not in (whole / "report.html").read_bytes(), "no path of this machine"
-    (whole / "report.html").unlink()
-
-
-def test_prompts_are_drawn_by_seed(whole):
+def test_prompts_are_drawn_by_seed_or_chosen_and_then_whole(whole, tmp_path):
     def drawn(**options) -> list[str]:
         words = page_of(whole, **options).sections["prompts"]
         return [id for id in PROMPTS if f"question {id}" in words]
 
     assert len(drawn(prompts=2)) == 2 and drawn(prompts=0) == [] and drawn(prompts=99) == list(PROMPTS)
-    assert drawn(prompts=2) == drawn(prompts=2)
     assert set(drawn(prompts=2)) <= set(drawn(prompts=3)), "a larger number keeps the smaller draw"
-    assert len({tuple(drawn(prompts=2, seed=seed)) for seed in range(8)}) > 1
+    assert len({tuple(drawn(prompts=2, seed=seed)) for seed in range(5)}) > 1
+    long = "many words " * 60
+    rows = [scored_row(id, [[1, 2], [2, 1]], [3, 3], [f"{id} {long}", "b"]) for id in ("x", "y", "z")]
+    shown = page_of(folder := make_run(tmp_path / "r", rows, upto=3), ids=["z", "x"]).sections["prompts"]
+    assert "2 of 3 prompts" in shown and "chosen by --ids" in shown
+    assert shown.index("question z") < shown.index("question x") and "question y" not in shown
+    assert "characters)" not in shown and f"z {long}" in shown, "nothing is folded"
+    assert "characters)" in page_of(folder).sections["prompts"]
 
 
-def test_many_points_are_thinned(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MOST_POINTS", 9)
-    page = page_of(make_run(tmp_path / "r", upto=3))
-    assert "9 of the 22 points are drawn" in page.sections["scatter"]
-    assert page.cells("Mean over answers")["candidates"][0] == "17", "the numbers are of all"
+def test_answers_after_training(tmp_path, whole):
+    scores = {"base": [[4, 5], [6, 5], None], "trained": [[6, 5], [7, 8], [9, 9]]}
+    for name, of in scores.items():
+        rows = [scored_row(f"t{i}", [one], None, [f"{name} says {i} <b>"]) for i, one in enumerate(of)]
+        write_rows(tmp_path / name / "02_scores.jsonl", rows)
+        write_record(tmp_path / name, "02_score")
+    tests = [f"{name}={tmp_path / name}" for name in scores]
+    page = page_of(whole, test_runs=tests)
+    means = page.cells("Test prompts: mean score")
+    assert means[""] == ["prompts", "Harmlessness", "Helpfulness"]
+    assert means["base"] == ["2", "5.00 [4.00, 6.00]", "5.00 [5.00, 5.00]"]
+    assert means["trained"][0] == "3" and means["trained"][1].startswith("7.33 [")
+    assert means["trained − base"] == ["2", "1.50 [1.00, 2.00]", "1.50 [0.00, 3.00]"]
+    said = page.sections["tests"]
+    assert "question t0" in said and "base Harmlessness 4, Helpfulness 5" in said and "base no score" in said
+    assert "trained says 2 <b>" in said and "#tests" in [link["href"] for link in page.all("a")]
+    said = page_of(whole, test_runs=tests, ids=["t2"]).sections["tests"]
+    assert "question t2" in said and "question t0" not in said
 
 
 @pytest.mark.parametrize(
@@ -571,7 +518,7 @@ def test_many_points_are_thinned(tmp_path, monkeypatch):
         (lambda f: shutil.rmtree(f), "no run directory"),
         (lambda f: [p.unlink() for p in f.iterdir()], "has no file of any stage; run 01_sample.py"),
         (lambda f: (f / "02_scores.jsonl").write_text("{"), "02_scores.jsonl, line 1: broken JSON"),
-        (lambda f: (f / "05_pairs.jsonl").write_text('{"id": 1}\n'), "05_pairs.jsonl, line 1: no 'chosen'"),
+        (lambda f: (f / "05_pairs.jsonl").write_text('{"id": 1}\n'), "05_pairs.jsonl, line 1: a pair has chosen, gap"),
         (lambda f: (f / "06_metrics.jsonl").write_text("[]\n"), "line 1: a row of metrics with a 'step'"),
         (lambda f: (f / "02_args.json").write_text("[]"), "02_args.json is no record of a stage"),
         (lambda f: (f / "04_dropped.jsonl").write_text('{"id": 1}\n'), "line 1: not a row of 04_denoise.py"),
@@ -589,6 +536,8 @@ def test_bad_options_are_one_line(whole, tmp_path, call):
         (("--runs", f"A={whole}", f"A={whole}"), "'A' twice"),
         (("--run_dir", whole, "--prompts", -1), "at least 0"),
         (("--run_dir", whole, "--output", tmp_path), "is a folder"),
+        (("--run_dir", whole, "--ids", "a", "nobody"), "no prompt has the id 'nobody'"),
+        (("--run_dir", whole, "--test_runs", f"none={tmp_path}"), "02_scores.jsonl not found"),
     ):
         code, _, errors = call("report", *options)
         assert code == 2 and words in errors and len(errors.strip().splitlines()) == 1
@@ -614,16 +563,15 @@ HOSTILE = (
 def hostile_run(folder: Path) -> Path:
     rows = []
     for i, words in enumerate(HOSTILE):
-        texts = [f"{words} {j}" for j in range(3)]
-        row = scored_row(f"{words}{i}", [[2, 2], [3, 4], [4, 2]], [8, 8], texts)
-        row["prompt"] = f"{words} prompt"
+        row = scored_row(f"{words}{i}", [[2, 2], [3, 4], [4, 2]], [8, 8], [f"{words} {j}" for j in range(3)])
         row["refined"]["text"] = f"{words} refined " + "long " * 80
-        rows.append(row)
+        rows.append(row | {"prompt": f"{words} prompt"})
     make_run(folder, rows)
-    arguments = {"model": HOSTILE[1], "n": HOSTILE[0]}
-    write_record(folder, "01_sample", **arguments)
+    write_record(folder, "01_sample", model=HOSTILE[1], n=HOSTILE[0])
     objectives = {"objectives": [HOSTILE[1], HOSTILE[2]], "judge_model": HOSTILE[3]}
     write_record(folder, "03_refine", **objectives, constitution={HOSTILE[1]: HOSTILE[0], HOSTILE[2]: HOSTILE[3]})
+    write_record(folder, "06_train", loss=HOSTILE[2])
+    write_rows(folder / f"06{HOSTILE[8].replace('/', '')}_metrics.jsonl", metrics_rows())
     dropped = [scored_row("odd", [[1, 1]], None) | {"reason": HOSTILE[0]}]
     write_rows(folder / "04_dropped.jsonl", dropped)
     return folder
@@ -631,7 +579,7 @@ def hostile_run(folder: Path) -> Path:
 
 KNOWN_TAGS = (
     "html head meta title link style body main nav section article h1 h2 h3 h4 h5 ul li a p strong dl dt dd "
-    "div table caption thead tbody tr th td figure figcaption span svg line text rect circle path polyline "
+    "div table caption thead tbody tr th td figure figcaption span svg g defs use text rect path clippath "
     "details summary bdi"
 )
 
@@ -642,20 +590,28 @@ def check_inert(text: str) -> Page:
     assert {tag for tag, _ in page.tags} <= set(KNOWN_TAGS.split())
     for tag, attributes in page.tags:
         for name, value in attributes.items():
-            assert not name.startswith("on") and name not in ("style", "src", "srcdoc", "xlink:href"), (tag, name)
-            assert name != "href" or value.startswith("#") or (tag, value) == ("link", "data:,")
+            assert not name.startswith("on") and name not in ("style", "src", "srcdoc"), (tag, name)
+            assert "url(" not in (value or "") or value.startswith("url(#")
+            assert not name.endswith("href") or value.startswith("#") or (tag, value) == ("link", "data:,")
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert policy.endswith("='; img-src data:; base-uri 'none'; form-action 'none'"), "and nothing else"
     return page
 
 
-def test_hostile_texts_are_shown_as_text(tmp_path):
-    output = tmp_path / "h.html"
-    folder = hostile_run(tmp_path / "h")
-    name = HOSTILE[1]
-    report.main(report.Args(runs=[f"{name}={folder}", f"other={folder}"], output=str(output), prompts=20))
-    text = output.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def pages(whole, tmp_path_factory) -> dict[str, Path]:
+    """Files with two runs each: of plain texts, and of hostile ones under hostile names."""
+    made, folder = {}, tmp_path_factory.mktemp("pages")
+    for kind, run, name in (("plain", whole, "one"), ("hostile", hostile_run(folder / "h"), HOSTILE[1])):
+        made[kind] = folder / f"{kind}.html"
+        runs, tests = [f"{name}={run}", f"{'very' * 30}long={run}"], [f"{name}={run}"]
+        report.main(report.Args(runs=runs, test_runs=tests, output=str(made[kind]), prompts=20))
+    return made
+
+
+def test_hostile_texts_are_shown_as_text(pages):
+    text = pages["hostile"].read_text(encoding="utf-8")
     page = check_inert(text)
     words = "".join(page.words)
     for i, hostile in enumerate(HOSTILE):
@@ -663,16 +619,11 @@ def test_hostile_texts_are_shown_as_text(tmp_path):
             assert f"{hostile} 0" in words and f"{hostile} prompt" in words
     assert "␀␇␛[31m␡\ufffd red 0" in words, "control characters are made visible"
     assert not any(ord(c) < 32 and c != "\n" for c in text) and "\x7f" not in text
-    assert page.cells("Means with")[""] == [name, "other"]
+    assert page.cells("Means with")[""][0] == HOSTILE[1]
     assert f"− dropped: {HOSTILE[0]}" in page.cells("From prompts")
-
-
-def test_no_address_outside_the_page(page, whole, tmp_path):
-    output = tmp_path / "p.html"
-    report.main(report.Args(run_dir=str(whole), output=str(output)))
-    text = output.read_text(encoding="utf-8")
-    check_inert(text)
-    assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
+    plain = pages["plain"].read_text(encoding="utf-8")
+    check_inert(plain)
+    assert not [word for word in ("http://", "https://", "@import", "<script") if word in plain], "no other address"
 
 
 def test_page_is_made_for_phones_and_screen_readers(page):
@@ -708,62 +659,30 @@ const least = (selector, key) => Math.min(
 return {
   words: least('p, h1, h2, h3, dd, dt, td, th, a, li, summary, .text, figcaption, .badge', 'color'),
   axes: least('svg text', 'fill'),
-  bars: least('.c0, .c1', 'fill'),
+  shapes: Math.min(least('figure [fill="#0072b2"], figure [fill="#d55e00"], .meter rect', 'fill'),
+    least('figure [stroke="#0072b2"], figure [stroke="#d55e00"]', 'stroke')),
   ground: luminance(getComputedStyle(document.body).backgroundColor)
 };
 """
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    webdriver, program, driver = browser_or_skip()
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for option in [
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "disable-dev-shm-usage",
-    ]:
-        options.add_argument(f"--{option}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield driver
-    driver.quit()
-
-
-def open_page(browser, path: Path, width: int, scheme: str) -> None:
-    screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(path.as_uri())
-
-
-@pytest.mark.parametrize("kind", ["whole", "hostile"])
-def test_in_a_browser(browser, whole, tmp_path, kind):
-    path = tmp_path / "page.html"
-    folder = whole if kind == "whole" else hostile_run(tmp_path / "h")
-    report.main(report.Args(runs=[f"one={folder}", f"{'very' * 30}long={folder}"], output=str(path), prompts=20))
+@pytest.mark.parametrize("kind", ["plain", "hostile"])
+def test_in_a_browser(chromium, pages, kind):
+    path = pages[kind]
     for width, scheme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
-        open_page(browser, path, width, scheme)
-        browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-        wide = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        chromium.open(path, width, scheme)
+        chromium.script("document.querySelectorAll('details').forEach(d => d.open = true)")
+        wide = chromium.script("return [document.documentElement.scrollWidth, innerWidth]")
         assert wide == [width, width] or wide[0] <= wide[1] == width, "the page does not scroll sideways"
-        assert browser.execute_script("return typeof pwned") == "undefined"
-        contrast = browser.execute_script(CONTRAST)
-        assert contrast["words"] >= 4.5 and contrast["axes"] >= 4.5 and contrast["bars"] >= 3, (scheme, contrast)
+        assert chromium.script("return typeof pwned") == "undefined"
+        contrast = chromium.script(CONTRAST)
+        assert min(contrast["words"], contrast["axes"]) >= 4.5 and contrast["shapes"] >= 3, (scheme, contrast)
         assert (contrast["ground"] < 0.05) == (scheme == "dark")
-    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    loaded = chromium.script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in loaded if not name.startswith("data:")] == []
-    assert browser.get_log("browser") == [], "no message on the console"
+    assert chromium.messages() == [], "no message on the console"
     # the style sheet is let in by its hash, and charts keep legible letters on a phone
-    open_page(browser, path, 390, "light")
+    chromium.open(path, 390)
     sizes = "const s = document.querySelector('figure > svg'); return s.getBoundingClientRect().width / 360 * 11"
-    assert browser.execute_script(sizes) > 9.5
-    assert browser.execute_script("return getComputedStyle(document.querySelector('.scroll')).overflowX") == "auto"
+    assert chromium.script(sizes) > 9.5
+    assert chromium.script("return getComputedStyle(document.querySelector('.scroll')).overflowX") == "auto"
