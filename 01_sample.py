@@ -51,6 +51,7 @@ class Args(common.ModelArgs):
     prompt_column: str | None = arg(None, "column of the prompt; default: 'prompt', 'messages' or the data set's own")
     split: str | None = arg(None, "split of a data set, or value of a file's 'split' column; default: train")
     num_prompts: int | None = arg(None, "how many, drawn by --seed; a larger number keeps the smaller draw")
+    exclude: list[str] | None = arg(None, "run directories whose prompts are kept out: iteration 2 on other prompts")
     n: int = arg(5, "responses per prompt (paper, Table 5: 3 or 5)")
     temperature: float = arg(1.0, "sampling temperature (paper, appendix A)")
     top_p: float = arg(1.0, "nucleus of the sampling; 1 is all (paper)")
@@ -85,6 +86,7 @@ def read_table(path: Path) -> list[tuple[str, dict]]:
         for where, fields in table[1:]:  # a prompt with a comma that is not quoted would be half a prompt
             count = f"{len(fields)} fields where the header has {len(header)}"
             check(len(fields) == len(header), f"{where}: {count}; quote the prompt")
+            check(header[-1] or not fields[-1], f"{where}: text in a last column without a name; quote the prompt")
         numbered = [(where, dict(zip(header, fields, strict=True))) for where, fields in table[1:]]
     elif kind == ".json" and (text := "".join(line for _, line in common.read_lines(path))).lstrip().startswith("["):
         numbered = [(f"{path}, row {i}", row) for i, row in enumerate(common.parse_json(text, str(path)), 1)]
@@ -148,6 +150,11 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
         check(id not in ids, f"{where}: id '{id}' again (first: {ids.get(id)}); ids must be unique")
         ids[id], prompts[key] = where, {"id": id, "prompt": prompt}
 
+    # iteration "diff": what an earlier run has sampled is kept out, before anything is drawn
+    for earlier in args.exclude or []:
+        for row in common.read_rows(Path(earlier) / "01_samples.jsonl"):
+            key = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
+            dropped["in an earlier run"] = dropped.get("in an earlier run", 0) + (prompts.pop(key, None) is not None)
     prompts = list(prompts.values())
     if name in FILES and test_size:  # a split of our own, the same for every seed and size (ours)
         ordered = sorted(prompts, key=lambda row: common.derive_seed("split", row["prompt"]))
@@ -185,14 +192,14 @@ def main(args: Args) -> None:
     if not record["complete"]:
         engine.open()
 
-    # One conversation a response. A prompt that does not fit with its answer is left out.
+    # One conversation a prompt and system prompt. A prompt that does not fit with its answer is left out.
     systems = {row["id"]: draw_systems(args.seed, row["id"], args.n, args.system_prob) for row in rows}
-    chats = {row["id"]: [common.as_messages(row["prompt"], one) for one in systems[row["id"]]] for row in rows}
+    chats = {row["id"]: {one: common.as_messages(row["prompt"], one) for one in systems[row["id"]]} for row in rows}
     room = engine.context - args.max_new_tokens
     check(room > 0, f"--max_new_tokens {args.max_new_tokens} leaves no room in the model's {engine.context} tokens")
     written = common.read_done(output)  # these did fit: they are not tokenized again
     fitting = [row for row in rows if row["id"] in written
-               or not any(common.too_long(engine, chat, room) for chat in chats[row["id"]])]  # fmt: skip
+               or not any(common.too_long(engine, chat, room) for chat in chats[row["id"]].values())]  # fmt: skip
     dropped["too long for the context"] = len(rows) - len(fitting)
     check(fitting, "every prompt is too long for the context; pass a smaller --max_new_tokens")
     settings = f"temperature {args.temperature:g}, top_p {args.top_p:g}, at most {args.max_new_tokens} tokens"
@@ -204,7 +211,7 @@ def main(args: Args) -> None:
         asked = [(row["id"], j) for row in some for j in range(args.n)]
         sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
         seeds = [common.derive_seed(args.seed, id, j) for id, j in asked]
-        completions = iter(engine.complete([chats[id][j] for id, j in asked], seeds, **sampling))
+        completions = iter(engine.complete([chats[id][systems[id][j]] for id, j in asked], seeds, **sampling))
         finished = []
         for row in some:
             own = [(next(completions), system) for system in systems[row["id"]]]
@@ -213,7 +220,7 @@ def main(args: Args) -> None:
             finished.append(row | {"responses": own} if len(own) == args.n else None)
         return finished
 
-    sizes = [(max(map(common.text_size, chats[row["id"]])) + args.max_new_tokens, args.n) for row in fitting]
+    sizes = [(max(map(common.text_size, chats[row["id"]].values())) + args.max_new_tokens, args.n) for row in fitting]
     done = common.map_rows(sample, fitting, sizes, record, output, engine, "01 sample", written)
     if done is None:  # the first of several processes reports
         return

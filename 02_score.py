@@ -38,8 +38,8 @@ def main(args: Args) -> None:
     common.read_files(args)
     made = common.made_by(source)
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
-    unknown = f"nothing beside {source} says which model wrote these responses: pass --model, or another judge"
-    check(args.model or args.scorer or args.judge_model, unknown)
+    who = args.model or args.scorer or args.judge_model
+    check(who, f"nothing beside {source} says which model wrote these responses: pass --model")
     objectives, inputs = common.judge_defaults(args)
     probes, probes_output = [], output.with_name("02_judge_check.jsonl")
     if args.judge_check:

@@ -52,12 +52,19 @@ PRINCIPLES = "Answer so that your answer is as good as it can be on these points
 {principles}"
 
 # What a model writes before its answer, and what it writes about the task instead of one.
+BETTER = r"(?:refined|improved|revised|better|new|final|enhanced|updated|safer|(?:more|most) \w+)"
 LEAD_IN = re.compile(
-    r"(?i)^\W*(?:(?:sure|okay|certainly|absolutely|of course)\W+)?(?:here(?:['’]s| is)\s+(?:an?|the|my|your)\s+"
-    r"(?:single\s+)?(?:refined|improved|revised|better|new)\s+(?:response|answer|version)\b[^\n:]{0,80}:\**|"
-    r"(?:(?:the|my|an?)\s+)?(?:refined|improved|revised)\s+(?:response|answer)(?:\s+is)?\**[ \t]*(?::\**|\n))\s*"
+    r"(?i)^\W*(?:(?:sure|okay|certainly|absolutely|of course|i(?:['’]d| would) be happy to help)\W+)?(?:"
+    r"(?:here(?:['’]s| is)|below is)\s+(?:an?|the|my|your)\s+(?:attempt at an?\s+)?(?:(?:single|possible),?\s+)?(?:"
+    rf"{BETTER}\s+(?:response|answer|version)\b[^\n:]{{0,80}}(?::\**|\.?\**[ \t]*\n)|response that\b[^\n:]{{0,80}}:)|"
+    rf"response:|(?:(?:the|my|an?)\s+)?(?:final\s+)?{BETTER}\s+(?:response|answer)(?:\s+(?:is|\d|\([^)\n]{{0,40}}\)))?"
+    r"[*\]]*[ \t]*(?::\**|\n))\s*"
 )
-FENCE = re.compile(r"^\s*<response[\w-]* \d+>\s*|</response[\w-]* \d+>[\s\S]*$|^```\w*\n|\n```\s*$")
+FENCE = re.compile(
+    r"(?i)^\s*<(?:response[\w-]* \d+|refined.response)>\s*|</(?:response[\w-]* \d+|refined.response)>[\s\S]*$"
+    rf"|\n[ \t*#(\[]{{0,9}}(?:scores?\W{{1,5}})?(?:(?:{'|'.join(common.CONSTITUTION)})\W{{1,5}}\d[\d./]{{0,5}}"
+    r"\W{0,5}){1,5}$"
+)
 ABOUT_THE_TASK = re.compile(
     r"(?i)\b(?:original|candidate|existing|previous|provided|given|refined|first|second|third|two|three)\s+responses?\b"
     r"|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|\bthe instruction (?:is|asks|was)\b"
@@ -99,7 +106,9 @@ def refine_messages(template: str, objectives, prompt, responses: list[dict]) ->
 
 def clean_refined(text: str) -> str:
     """The response without the lead-in or fences that models repeat from the prompt."""
-    return FENCE.sub("", LEAD_IN.sub("", FENCE.sub("", text))).strip()
+    text = FENCE.sub("", LEAD_IN.sub("", FENCE.sub("", text))).strip()
+    quoted = re.fullmatch(r"```(?:markdown|text)?\n([^`]*)\n```", text)  # as a whole; code stays code
+    return quoted[1].strip() if quoted else text
 
 
 def about_the_task(text: str, row: dict) -> bool:

@@ -91,6 +91,7 @@ class Args(common.RunArgs):
     learning_rate: float = arg(1e-6, "peak (paper, Table 5: 5e-7 to 1e-5; the choice is ours; LoRA wants 1e-5 or more)")
     warmup_ratio: float = arg(0.1, "share of the steps with rising learning rate; then a cosine (SimPO's)")
     epochs: int = arg(1, "passes over the pairs (paper silent)")
+    max_steps: int | None = arg(None, "optimizer steps in the place of --epochs: equal steps for unequal data (ours)")
     batch_size: int = arg(16, "prompts per optimizer step over all processes (paper silent)")
     max_grad_norm: float = arg(1.0, "gradient clipping (SimPO's)")
     weight_decay: float = arg(0.0, "of AdamW (SimPO's)")
@@ -214,7 +215,7 @@ def read_pairs(path: Path, needs_gap: bool) -> list[dict]:
         check(prompts, f"{where}: no 'prompt' in the row; add it")
         for prompt in prompts:
             common.check_prompt(prompt, where)
-        turns = [[(m["role"], m["content"]) for m in common.as_messages(prompt)] for prompt in prompts]
+        turns = [[(m["role"], m["content"].strip()) for m in common.as_messages(prompt)] for prompt in prompts]
         check(sides[1][:-1] == shared and turns[-1][: len(turns[0])] == turns[0], wanted)
         prompt = common.as_messages(prompts[-1])
         pairs.append({**row, "prompt": prompt, "chosen": sides[0][-1], "rejected": sides[1][-1], "gap": gap})
@@ -239,14 +240,13 @@ def encode_response(tokenizer, prompt: list[dict], response: dict, truncated: bo
     before = common.render_chat(tokenizer, prompt, add_generation_prompt=True)
     whole = common.render_chat(tokenizer, [*prompt, response], add_generation_prompt=False)
     before_text, whole_text = ("".join(text for text, _ in pieces) for pieces in (before, whole))
-    same, hint = whole_text.startswith(before_text), "pass a plain one with --chat_template FILE"
-    check(same, f"the chat template writes a prompt differently once it is answered (a thinking model?); {hint}")
     start, stop, text = len(before_text), len(whole_text), response["content"].strip()
-    place = whole_text.index(text, start)
+    place, hint = whole_text.find(text, start), "pass a plain one with --chat_template FILE"
+    same = whole_text.startswith(before_text) and place >= 0
+    check(same, f"the chat template writes a prompt differently once it is answered (a thinking model?); {hint}")
     # Plain text that a template puts before an answer, as an empty thought: the model has neither seen nor written it.
-    added, special = whole_text[start:place].strip(), [t for t in tokenizer.added_tokens_decoder.values() if t.special]
-    added = added and not any(token.content in added for token in special)
-    start = place if added else start
+    between, tokens = whole_text[start:place], tokenizer.added_tokens_decoder.values()
+    added = between.strip() and not any(token.special and token.content in between for token in tokens)
     # A truncated response is its text alone: the model never ended it, so neither end nor closing is taught.
     if truncated:
         stop = place + len(text)
@@ -254,7 +254,7 @@ def encode_response(tokenizer, prompt: list[dict], response: dict, truncated: bo
     prompt_ids, whole_ids = (common.encode_pieces(tokenizer, pieces) for pieces in (before, cut(whole, 0, stop)))
     ids = whole_ids[len(prompt_ids) :]
     if added or whole_ids[: len(prompt_ids)] != prompt_ids:
-        ids = common.encode_pieces(tokenizer, cut(whole, start, stop))
+        ids = common.encode_pieces(tokenizer, cut(whole, place if added else start, stop))
     if truncated:
         return prompt_ids, ids
     # What a template writes after the end token is never generated; a template without one gets the tokenizer's.
@@ -333,12 +333,12 @@ def split_prompts(groups: list[dict], args: Args) -> tuple[list[dict], list[dict
 
 def plan_steps(count: int, args: Args) -> list[list[int]]:
     """The prompts of every optimizer step of every epoch; the order depends on seed and epoch alone."""
-    steps = []
-    for epoch in range(args.epochs):
+    steps, per_epoch = [], -(-count // args.batch_size)
+    for epoch in range(-(-args.max_steps // per_epoch) if args.max_steps else args.epochs):
         order = list(range(count))
         random.Random(common.derive_seed(args.seed, "epoch", epoch)).shuffle(order)
         steps += [order[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
-    return steps
+    return steps[: args.max_steps]
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
@@ -671,7 +671,7 @@ def find_checkpoint(folder: Path, call: int, launch: str) -> tuple[Path | None, 
 
 def check_args(args: Args) -> None:
     """What can be seen before anything is read."""
-    positive = {"alpha", "beta", "learning_rate", "epochs", "batch_size", "max_length", "tokens_per_batch"}
+    positive = {"alpha", "beta", "learning_rate", "epochs", "max_steps", "batch_size", "max_length", "tokens_per_batch"}
     positive.add("max_grad_norm")  # a norm clipped to 0 would train nothing, silently
     for name, value in asdict(args).items():
         check(name not in positive or value is None or value > 0, f"--{name} {value}: more than 0 is wanted")
@@ -735,6 +735,8 @@ def main(args: Args) -> None:
     if verdict:
         common.warn(verdict)
     record = common.begin(args, "06_train", [metrics_file, named], made, record_file, **{source.name: source})
+    if (args.overwrite or record["complete"]) and first_process:  # a kill may have come before they went
+        remove_checkpoints(checkpoints)
     if record["complete"]:
         accelerator.print(f"{named} is complete already; --overwrite trains again")
         return
@@ -743,8 +745,6 @@ def main(args: Args) -> None:
     compared = {field.name: record["args"].get(field.name) for field in fields(args) if not field.metadata["free"]}
     call = common.derive_seed(compared, record["inputs"])
     launch = f"{accelerator.num_processes} processes ({accelerator.distributed_type.value})"
-    if args.overwrite and first_process:
-        remove_checkpoints(checkpoints)
     accelerator.wait_for_everyone()
     checkpoint, progress = find_checkpoint(checkpoints, call, launch)
     done = progress.get("step", 0)
@@ -758,6 +758,7 @@ def main(args: Args) -> None:
     check(everything, f"no pair is left: {', '.join(f'{n} {why}' for why, n in dropped.items() if n)}")
     groups, held_out = split_prompts(everything, args)
     steps = [[groups[g] for g in step] for step in plan_steps(len(groups), args)]
+    per_epoch = -(-len(groups) // args.batch_size)
     mean_gap = set_weights(groups, args, None)
     for step in steps if args.loss == "spa" and args.gap_mean == "batch" else []:
         differ = any(gap for group in step for *_, gap in group["pairs"])
@@ -791,8 +792,7 @@ def main(args: Args) -> None:
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
         logps = all_logps(accelerator, model, measured)
-        finite, precision = torch.cat(logps).isfinite().all(), accelerator.mixed_precision
-        check(finite, f"the model's numbers are not finite (mixed precision: {precision}); lower --learning_rate?")
+        check(torch.cat(logps).isfinite().all(), "the model's numbers are not finite: lower --learning_rate?")
         return total_metrics(measured, logps, args, "eval" if held_out else "train")
 
     # Before training: dpo's frozen reference, and the metrics of the prompts that are measured; or all that as it was.
@@ -828,7 +828,7 @@ def main(args: Args) -> None:
             rate = args.learning_rate * learning_rate_factor(number - 1, len(steps), args.warmup_ratio)
             metrics = train_step(accelerator, model, optimizer, batch, args, rate)
             progress["num_tokens"] += sum(map(width_of, rows_of(batch)))
-            epoch = {"epoch": number * args.epochs / len(steps)}
+            epoch = {"epoch": number / per_epoch}
             write(number, epoch | metrics | {"num_tokens": progress["num_tokens"]})
             shown = {name.split("/")[-1]: f"{metrics[name]:.4f}" for name in ("loss", *REWARDS[2:]) if name in metrics}
             bar.set_postfix(shown, refresh=False)
@@ -836,14 +836,14 @@ def main(args: Args) -> None:
             # After the last step comes the whole model in the place of a checkpoint, and the last evaluation anyhow.
             if number == len(steps):
                 break
-            if held_out and number % (args.eval_steps or len(steps) // args.epochs) == 0:
+            if held_out and number % (args.eval_steps or per_epoch) == 0:
                 write(number, epoch | measure())
             if args.save_steps and number % args.save_steps == 0:
                 progress |= {"step": number, "log_bytes": log.tell()}
                 save_checkpoint(accelerator, checkpoints, progress)
         seconds = max(1e-9, time.monotonic() - started)
         after = measure()
-        write(len(steps), {"epoch": args.epochs} | after)
+        write(len(steps), {"epoch": len(steps) / per_epoch} | after)
 
     # The model, then its record, then what a person wants to know.
     optimizer = accelerator.free_memory(optimizer)

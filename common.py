@@ -140,6 +140,7 @@ def parse_args(args_class, argv: list[str] | None = None):
     for name, value in vars(known).items():
         finite = all(math.isfinite(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, float))
         check(finite, f"argument --{name}: invalid float value {value}")
+        check(value != "", f"--{name} '': a value is wanted, or leave it out")
     return args_class(**vars(known))
 
 
@@ -527,7 +528,8 @@ def load_model(name: str, dtype: str = "auto", device=None, attn_implementation=
     import torch
 
     if dtype == "auto":  # float32 on a CPU, on a GPU as saved
-        saved = getattr(load_config(name).get_text_config(), "dtype", None)
+        config = load_config(name)
+        saved = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
         dtype = str(saved or "float32").removeprefix("torch.") if torch.cuda.is_available() else "float32"
     options = {"attn_implementation": attn_implementation, "device_map": device_map, "dtype": getattr(torch, dtype)}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused here, by name
@@ -536,8 +538,12 @@ def load_model(name: str, dtype: str = "auto", device=None, attn_implementation=
     for kind in ("missing", "mismatched"):  # weights of either kind would be random
         keys, instead = sorted(map(str, info[f"{kind}_keys"])), f"; its files have {unused[0]}" if unused else ""
         check(not keys, f"model '{name}': {len(keys)} {kind} weights, such as {' and '.join(keys[:2])}{instead}")
-    if unused:  # of layers that its config doesn't name, or of a part that writes no text
-        warn(f"model '{name}': {len(unused)} weights in its files are not used, such as {' and '.join(unused[:2])}")
+    held = ((key, weight) for key, weight in model.named_parameters() if weight.dim() > 1 and weight.dtype.itemsize > 1)
+    zero = [key for key, weight in held if not weight.is_meta and not weight.any()]
+    # of layers that its config doesn't name, or of a part that writes no text; and what a cut download leaves
+    for what, keys in (("in its files are not used", unused), ("are 0 throughout: a damaged file?", zero)):
+        if keys:
+            warn(f"model '{name}': {len(keys)} weights {what}, such as {' and '.join(keys[:2])}")
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return model.eval() if device_map else model.to(device or gpu).eval()
 
@@ -559,12 +565,13 @@ def end_token_ids(tokenizer, model) -> list[int]:
     """Every token that ends an answer: the tokenizer's, the generation config's, and the template's own."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = set(ids if isinstance(ids, (list, tuple)) else [ids]) | {tokenizer.eos_token_id}
-    # the template's own: the added token, marked as special or not, with which it closes an assistant's turn
+    # the template's own: the special token, else another added one, with which it closes an assistant's turn
+    added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     with contextlib.suppress(UserError):  # a template that refuses an assistant's turn has no closing to offer
         turn = [*as_messages("a"), {"role": "assistant", "content": "Zq7"}]
         text = "".join(text for text, _ in render_chat(tokenizer, turn, add_generation_prompt=False))
         after = tokenizer(text.rpartition("Zq7")[2], add_special_tokens=False).input_ids
-        ids |= set([i for i in after if i in tokenizer.added_tokens_decoder][:1])
+        ids |= set(sorted((i for i in after if i in added), key=lambda i: not added[i].special)[:1])
     return sorted(ids - {None})
 
 
@@ -669,10 +676,16 @@ def read_tokens(model, cache, mask, ids):
     options = {name: value for name, value in options.items() if name in takes}
     name = next((name for name in ("cache", "past_key_values") if name in takes), None)  # newer and older transformers
     check(name, f"{type(model).__name__} takes no cache of keys and values in this transformers")
+    # without positions a padded row is read right only where they come from the mask, or there are none
+    knows = "position_ids" in takes or re.fullmatch("bloom|mpt|.*mamba2?|xlstm", model.config.model_type)
+    check(knows, f"{type(model).__name__} takes no positions: with padding it would read something else")
     if cache is not None and all(type(layer).__name__ == "LinearAttentionLayer" for layer in cache.layers):
         mask = mask[:, -ids.shape[1] :]  # Mamba: no layer looks back
     options |= {name: cache, "use_cache": cache is not None}
-    output = model(input_ids=ids, attention_mask=mask, **options)
+    try:
+        output = model(input_ids=ids, attention_mask=mask, **options)
+    except ValueError as error:  # MiniMax wants a cache of its own
+        raise UserError(f"{type(model).__name__} can't be read with a cache: {first_line(error)}") from None
     kept = cache is None or getattr(output, name, None) is cache  # else it would read without what came before
     check(kept, f"{type(model).__name__} does not keep its cache of keys and values in this transformers")
     logits = output.logits[:, -1].float()
@@ -906,6 +919,8 @@ def choose_options(model, tokenizer, rows: list[list[int]], skeleton, options, o
 @contextlib.contextmanager
 def float32_head(model):
     """The output head in float32, since bfloat16 logits of the ten numbers tie and cross."""
+    from unittest import mock
+
     import torch
 
     def exact(states):
@@ -915,14 +930,9 @@ def float32_head(model):
     head = model.get_output_embeddings()
     # of a head that accelerate moves about, the weights are here only while this inner function runs
     name = "_old_forward" if hasattr(head, "_old_forward") else "forward"
-    reduced, plain = model.dtype != torch.float32 and isinstance(head, torch.nn.Linear), getattr(head, name, None)
-    try:
-        if reduced:
-            setattr(head, name, exact)
+    reduced = model.dtype != torch.float32 and isinstance(head, torch.nn.Linear)
+    with mock.patch.object(head, name, exact) if reduced else contextlib.nullcontext():
         yield
-    finally:
-        if reduced:
-            setattr(head, name, plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1297,11 +1307,14 @@ class Server(Engine):
             text = text.encode("utf-8", "replace").decode().strip()  # lone surrogates
         except (AttributeError, TypeError, IndexError):
             raise ValueError(f"an answer that is none: {self.show(str(problem or answer))[:200]}") from None
-        if reason == "content_filter":
-            raise Refused("its content filter stopped the answer")
+        words = str(reason).lower()  # servers that stand before other models have words of their own
+        if re.search("filter|safety|block|prohibit|recit", words):
+            raise Refused(f"its content filter stopped the answer ({self.show(words)})")
+        if re.search("abort|error|cancel", words):
+            raise ValueError(f"an answer that was broken off ({self.show(words)})")
         counts = [getattr(usage, f"{kind}_tokens", None) or 0 for kind in ("prompt", "completion")]
         self.count(*counts)
-        return Completion(text, counts[1], reason == "length"), entries or []
+        return Completion(text, counts[1], bool(re.search("length|max_tokens", words))), entries or []
 
     def run(self, requests: list) -> list:
         """The results of these coroutines; None for one that the server refuses."""
@@ -1402,10 +1415,7 @@ def too_long(engine: Engine, messages: list[dict], room: int) -> bool:
 
 
 def plan_batches(sizes: list[tuple], batch_size: int, cached_tokens: int | None = None, world=1) -> list[list[int]]:
-    """Indices of the rows in batches of at most `batch_size` sequences and `cached_tokens` tokens with padding.
-
-    Of `world` processes each takes every world-th batch; the last round's batches are so small that all have one.
-    """
+    """Indices of the rows in batches of at most `batch_size` sequences and `cached_tokens` tokens with padding."""
     # row i has sizes[i] = (tokens, sequences), which stay together; longest first, so that a batch is even and its
     # memory known early
     batches, width, held = [], 0, 0
@@ -1416,13 +1426,10 @@ def plan_batches(sizes: list[tuple], batch_size: int, cached_tokens: int | None 
             width, held = length, 0
         batches[-1].append(i)
         held += count
-    if world == 1:
+    if not 0 < len(batches) < world:
         return batches
-    rounds = len(batches) // world * world
-    rest = [i for batch in batches[rounds:] for i in batch]
-    even = -(-len(rest) // world) * max((sizes[i][1] for i in rest), default=1)
-    last = plan_batches([sizes[i] for i in rest], min(batch_size, even), cached_tokens)
-    return [*batches[:rounds], *([rest[i] for i in batch] for batch in last)]
+    even = -(-len(sizes) // world) * max(count for _, count in sizes)  # else some of the `world` processes were idle
+    return plan_batches(sizes, min(batch_size, even), cached_tokens)
 
 
 def read_done(path: Path) -> dict:
@@ -1614,40 +1621,55 @@ def score_skeleton(names: list[str]) -> list[str]:
     return [f'{{\n    "{names[0]}": ', *(f',\n    "{name}": ' for name in names[1:]), "\n}"]
 
 
-# A number that is a score: 8, 7.5, 8/10, 8 out of 10; what goes on behind it must not make it another.
-NUMBER = r"(\d{1,3}(?:\.\d{1,6})?)(?:\s?/\s?10(?![\d.,/%])|\s+out\s+of\s+(?:10|ten)\b)?"
-NUMBER_END = r"(?=[\"'*`]*[ \t]*(?:$|[;)}\]|]|[,.](?!\d)|\((?!\d)|[-–—][ \t]+[^\d\s]))"
+# The readers of free answers, in time proportional to the text (++ and *+ never go back). A score is 8, 7.5, 8/10 or
+# 8 out of 10. A value ends with its line, or at a mark behind which no other is named, as in "7, 8" or "7 (or 8)".
+NUMBER, GAP = r"(\d++(?:\.\d++)?)(?:\s?/\s?10|\s+out\s+of\s+(?:10|ten)\b)?", r"[\"'“”‘’*` \t\r\xa0]*+"
+OBJECT = functools.reduce(lambda x, _: rf'\{{(?:[^{{}}"\\]++|"(?:[^"\\]++|\\[\s\S])*+"|{x})*+\}}', range(6), "(?!)")
 
 
-def read_score(value) -> int | float | None:
-    """A number from 1 to 10 in a JSON value, or in a text that is nothing else; a whole one comes as an int."""
-    if isinstance(value, str):
-        match = re.fullmatch(NUMBER, value.strip())
-        value = float(match.group(1)) if match else None
-    fits = type(value) in (int, float) and 1 <= value <= 10
-    return (int(value) if value == int(value) else value) if fits else None
+def without_thoughts(text: str) -> str:
+    """What stands behind the last </think> of an answer, up to a thought that has no end."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def read_fields(text: str, names: list[str], value: str) -> tuple[list[list], list[list]]:
+    """([the values in each whole JSON object that has all names], [the values of each name's mentions "name: …"]).
+
+    value: a pattern, its group is the value; what does not fit is None. Six levels are read, inner objects come first.
+    """
+    text, objects, mentions = without_thoughts(text), [], collections.defaultdict(list)
+
+    def collect(pairs: list[tuple]) -> None:  # a name that an object has twice fits no pattern
+        own = [[str(one).strip() for key, one in pairs if key.strip().casefold() == name.casefold()] for name in names]
+        if all(own):
+            objects.append([(m := re.fullmatch(value, "\0".join(one), re.IGNORECASE)) and m[1] for one in own])
+
+    decoder, start = json.JSONDecoder(object_pairs_hook=collect, parse_int=str, parse_float=str, strict=False), 0
+    while match := re.compile(OBJECT).search(text, start):
+        start = match.start() + 1  # where this is no JSON, one may stand inside
+        with contextlib.suppress(ValueError, RecursionError):
+            decoder.decode(match[0])
+            start = match.end()
+    anyone = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    label = rf"(?<!\w)(?<!\w[-‐‑])({anyone}){GAP}[:=：]{GAP}"  # a name begins where a word begins
+    words = "or|to|and|but|no|not|then|now|maybe|perhaps|possibly|rather|actually|even"
+    other = rf"[^\w\n]*+(?:(?:{words})\b[^\w\n]*+)*+{value}(?!\.[^\w\n]*+(?:{anyone}))"
+    end = rf"{GAP}(?:$|(?:[;,.|(){{}}\]，。；]|[-–—]\s)(?!{other}))"  # in "8, 2. Name" the 2 is a list's
+    for match in re.finditer(rf"{label}(?:{value}{end})?", text, re.IGNORECASE | re.MULTILINE):
+        mentions[match[1].casefold()].append(match[2])
+    return objects, [mentions[name.casefold()] for name in names]
+
+
+def read_score(text: str | None) -> int | float | None:
+    """The number in a text, if it is one from 1 to 10; a whole one comes as an int."""
+    score = float(text or "nan")
+    return None if not 1 <= score <= 10 else int(score) if score.is_integer() else score
 
 
 def parse_scores(text: str, names: list[str]) -> list | None:
-    """The scores in a judge's free answer, in the order of `names`, or None where one is no score from 1 to 10."""
-
-    def unique(pairs: list[tuple]) -> dict:  # a name that an object has twice is no score
-        keys = [key.strip().lower() for key, _ in pairs]
-        return {key: value if keys.count(key) == 1 else None for key, (_, value) in zip(keys, pairs, strict=True)}
-
-    # behind the last </think>, not in a thought that was cut: the JSON object with all names; two of them must agree
-    text, found = text.rpartition("</think>")[2].partition("<think>")[0], []
-    for match in re.finditer(r"\{[^{}]{0,2000}\}", text):
-        with contextlib.suppress(ValueError, RecursionError):
-            values = json.loads(match.group(), object_pairs_hook=unique)
-            if all(name.lower() in values for name in names):
-                found.append([read_score(values[name.lower()]) for name in names])
-    if not found:  # else the last mention "Name: number" of each
-        found.append([])
-        for name in names:
-            label = rf"(?<!\w){re.escape(name)}[\"'*` \t]*[:=][\"'*` \t]*"
-            mentions = re.findall(rf"{label}(?:{NUMBER}{NUMBER_END})?", text, re.IGNORECASE | re.MULTILINE)
-            found[0].append(read_score(mentions[-1]) if mentions else None)
+    """The scores in a judge's free answer: its objects', which must agree, else each name's last mention; or None."""
+    objects, mentions = read_fields(text, names, NUMBER)
+    found = [[read_score(one) for one in own] for own in objects or [[[None, *own][-1] for own in mentions]]]
     return None if None in found[-1] or any(one != found[-1] for one in found) else found[-1]
 
 
@@ -1754,7 +1776,8 @@ def check_readable(scores: list, read: dict[bool, int], engine: Engine) -> None:
     for own in scores:
         read[own is not None] += 1
     failed = f"none of the first {read[False]} responses could be scored: {engine.title} does not answer in the form"
-    check(read[True] or read[False] < GIVE_UP_AFTER, f"{failed}; pass --score_mode constrained, or another judge")
+    ways = "--score_mode constrained, more --judge_max_new_tokens if it reasons first, or another judge"
+    check(read[True] or read[False] < GIVE_UP_AFTER, f"{failed}; pass {ways}")
 
 
 def check_judge(engine: Engine, args, objectives, probes: list[dict], record: dict, output: Path) -> list | None:

@@ -9,7 +9,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-TROUBLE = ("429", "500", "503", "cut", "reset", "garbage", "shapeless", "null", "slow", "drip", "drip_head", "error")
+TROUBLE = ("429", "500", "503", "cut", "reset", "garbage", "shapeless", "nested", "null", "error")
+TROUBLE += ("aborted", "slow", "drip", "drip_head")
 
 
 def answer(body: dict) -> str:
@@ -90,6 +91,10 @@ class ChatServer:
                     self.reply(200, b'{"choices": []}')
                 elif what == "null":
                     self.reply(200, json.dumps(whole_answer(None, None)).encode())
+                elif what == "aborted":
+                    self.reply(200, json.dumps(whole_answer("half an", "abort")).encode())
+                elif what == "nested":
+                    self.reply(200, b"[" * 100_000)
                 elif what == "error":
                     self.reply(200, b'{"error": {"message": "upstream has \\u001b[31mfallen", "code": 502}}')
                 elif isinstance(what, str) and what.isdigit():

@@ -210,17 +210,52 @@ def run_script(script: str, *arguments, **options) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
-def browser_or_skip() -> tuple:
-    """(selenium's webdriver, Chromium, its driver); without them the test skips, but fails where CI is true."""
-    missing = "needs selenium, and Debian's chromium and chromium-driver"
+class Browser:
+    """Headless Chromium, driven as a person does."""
+
+    def __init__(self, webdriver, programs: list[str], folder: Path):
+        options = webdriver.ChromeOptions()
+        options.binary_location, self.downloads = programs[0], folder / "downloads"
+        switches = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking disable-sync "
+        switches += f"disable-component-update disable-dev-shm-usage user-data-dir={folder / 'profile'}"
+        for switch in switches.split():
+            options.add_argument(f"--{switch}")
+        options.add_experimental_option("prefs", {"download.default_directory": str(self.downloads)})
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1], log_output=subprocess.DEVNULL))
+        self.script, self.cdp = self.driver.execute_script, self.driver.execute_cdp_cmd
+        self.press = lambda *keys: [webdriver.ActionChains(self.driver, 0).send_keys(key).perform() for key in keys]
+
+    def open(self, page: Path, width: int = 1280, scheme: str = "light") -> None:
+        """A page on a screen of this width, a phone's below 600, in the light or the dark."""
+        self.resize(width)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self.cdp("Emulation.setEmulatedMedia", media)
+        self.driver.get(page.as_uri())
+
+    def resize(self, width: int) -> None:
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.cdp("Emulation.setDeviceMetricsOverride", size)
+
+    def messages(self) -> list[dict]:
+        """What has come to the console since it was last asked."""
+        return self.driver.get_log("browser")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A Browser; without one the test skips, but fails where CI is true."""
     programs = [shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")]
-    try:
+    with contextlib.suppress(ImportError):
         from selenium import webdriver
-    except ImportError:
-        programs = []
-    if not programs or None in programs:
-        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
-    return webdriver, *programs
+
+        if all(programs):
+            started = Browser(webdriver, programs, tmp_path_factory.mktemp("chromium"))
+            yield started
+            started.driver.quit()
+            return
+    missing = "needs selenium, and Debian's chromium and chromium-driver"
+    pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
 
 
 @contextlib.contextmanager

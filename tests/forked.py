@@ -3,6 +3,7 @@
 They are killed, counted and launched in numbers by the tests; what a user types is tested elsewhere.
 """
 
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -21,7 +22,7 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def kill_before(event: int, folder: str) -> None:
+def kill_before(event: int, folder: str, how: int = signal.SIGKILL) -> None:
     """SIGKILL to this process before its `event`-th file event in `folder`, from 1; half a write may be done."""
     seen = 0
 
@@ -36,7 +37,7 @@ def kill_before(event: int, folder: str) -> None:
         here = any(str(detail).startswith(folder) for detail in details[:2])
         locks = name == "fcntl.flock"  # it has no path
         if (((writes or name in changes) and here) or locks) and count():
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
 
     def half_written(descriptor: int, data, write=os.write) -> int:  # what no audit event tells of
         if str(os.readlink(f"/proc/self/fd/{descriptor}")).startswith(folder) and count():
@@ -48,7 +49,13 @@ def kill_before(event: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
-def _main(script: str, arguments: list[str], environment: dict[str, str], folder: str, limit: int | None, kill: tuple):
+def give_up_powers() -> None:
+    """From now on a file's mode binds this process, even if it is root's (Linux: no capabilities)."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0
+
+
+def _main(script, arguments: list[str], environment: dict[str, str], folder: str, limit, kill: tuple, powers: bool):
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
@@ -65,6 +72,8 @@ def _main(script: str, arguments: list[str], environment: dict[str, str], folder
     torch.set_num_threads(1)  # threads of the parent do not live on in a fork
     if kill:
         kill_before(*kill)
+    if not powers:
+        give_up_powers()
     sys.argv, sys.path[0] = [script, *arguments], str(ROOT)
     os.chdir(ROOT)
     code = 0
@@ -83,10 +92,10 @@ def _main(script: str, arguments: list[str], environment: dict[str, str], folder
 class Launch:
     """`processes` copies of one script, as `accelerate launch` starts them; if one fails, all end.
 
-    limit: the largest file in bytes; kill: see `kill_before`.
+    limit: the largest file in bytes; kill: see `kill_before`; powers: whether root may write where modes forbid it.
     """
 
-    def __init__(self, script, *arguments, processes=1, limit: int | None = None, kill: tuple = (), **environment):
+    def __init__(self, script, *arguments, processes=1, limit=None, kill: tuple = (), powers=True, **environment):
         self.folder, self.running = tempfile.mkdtemp(), []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -98,7 +107,7 @@ class Launch:
                 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
                 values = (rank, rank, processes, processes, "127.0.0.1", port)
                 own |= dict(zip(names, map(str, values), strict=True))
-            target = (str(ROOT / script), [*map(str, arguments)], own, f"{self.folder}/{rank}", limit, kill)
+            target = (str(ROOT / script), [*map(str, arguments)], own, f"{self.folder}/{rank}", limit, kill, powers)
             process = CONTEXT.Process(target=_main, args=target)
             process.start()
             self.running.append(process)

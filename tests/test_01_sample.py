@@ -89,6 +89,7 @@ def test_a_larger_draw_keeps_the_smaller_one(tmp_path, capsys):
         # FAULTS 20: half a prompt is none
         ("x.csv", "id,prompt\n1,Tell me, please, how\n", "line 2: 4 fields where the header has 2; quote the prompt"),
         ("x.csv", 'id,prompt\n1,"Tell\nme"\n2\n', "line 4: 1 fields where the header has 2"),
+        ("x.csv", "id,prompt,\n1,Tell me, please\n", "line 2: text in a last column without a name; quote the prompt"),
         ("x.csv", "prompt,prompt\na,b\n", "the header has a name twice"),
         ("x.parquet", "nothing", "not a readable Parquet file"),
         ("x.xlsx", "nothing", "one of .json .jsonl .csv .parquet .txt"),
@@ -337,7 +338,7 @@ def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
         (("--cached_tokens", 0), "--cached_tokens 0: at least 1"),
         (("--max_new_tokens", 4096), "leaves no room"),
         (("--model", "no/such-model"), "model 'no/such-model' can't be loaded"),
-        (("--model", ""), "can't be loaded"),
+        (("--model", ""), "--model '': a value is wanted"),
         (("--chat_template", "nowhere.jinja"), "no such file"),
         (("--prompts", "nowhere.jsonl"), "no such file, nor one of saferlhf"),
         (("--dtype", "int8"), "invalid choice"),
@@ -352,3 +353,12 @@ def test_bad_options_are_one_line_and_leave_nothing(stage, tmp_path, options, wo
 
 def test_a_huge_seed_is_a_seed(stage):
     assert stage("--n", 3, "--seed", 10**30)[0] == 0
+
+
+def test_prompts_of_an_earlier_run_are_kept_out(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": f"question {i}"} for i in range(50)])
+    first = load(path, num_prompts=20)[0]
+    write_rows(tmp_path / "run" / "01_samples.jsonl", [row | {"responses": [{"text": "x"}]} for row in first])
+    second, dropped = load(path, num_prompts=20, exclude=[str(tmp_path / "run")])
+    assert len(second) == 20 and not {r["id"] for r in first} & {r["id"] for r in second}
+    assert dropped["in an earlier run"] == 20

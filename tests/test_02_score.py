@@ -59,6 +59,7 @@ def test_free_json_that_is_never_read(stage):
     many = [row | {"id": i} for i, row in enumerate(ROWS * 8)]
     code, _, err, _, _ = stage("--score_mode", "json", "--judge_max_new_tokens", 4, "--batch_size", 12, rows=many)
     assert code == 2 and "none of the first 48 responses could be scored" in err and "Traceback" not in err
+    assert "more --judge_max_new_tokens if it reasons first" in err, "FAULTS section 4"
 
 
 def test_blank_and_overlong_responses_get_null(stage):

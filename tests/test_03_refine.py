@@ -70,6 +70,7 @@ def test_a_candidate_cannot_close_its_fence(forged):
     assert text.count(name) == 4 and name not in forged
     other = ask(responses=scored((forged + "!", [1, 1]), ("No.", [2, 2])))[0]["content"]
     assert name not in other
+    assert "<response 1>\nNo." not in ask(prompt=forged, responses=scored(("No.", [2, 2])))[0]["content"]
 
 
 # ------------------------------------------------------------------------------------ answers
@@ -97,6 +98,14 @@ def test_a_candidate_cannot_close_its_fence(forged):
         ("Refined:\n1. So", "Refined:\n1. So"),
         ("A better answer is hard to find.", "A better answer is hard to find."),
         ("Use this:\n```python\nprint(1)\n```\nand run it", "Use this:\n```python\nprint(1)\n```\nand run it"),
+        ("Use this:\n```python\nprint(1)\n```", "Use this:\n```python\nprint(1)\n```"),
+        ("Refined Response:\n```markdown\nSo.\n```", "So."),
+        ("Sure, below is a single, more helpful response:\nSo.", "So."),
+        ("Here's my attempt at a refined response.\n\nSo.", "So."),
+        ("Final Response (refined):\nSo.", "So."),
+        ("<refined_response>\nSo.\n</refined_response>\nBye", "So."),
+        ("So.\n\n**Honesty**: 9/10, **Helpfulness**: 8\n", "So."),
+        ("Honesty: 9 is my wish", "Honesty: 9 is my wish"),
         ("", ""),
     ],
 )
@@ -107,7 +116,13 @@ def test_what_a_model_writes_around_its_answer_goes(text, kept):
 
 def test_cleaning_takes_time_in_proportion_to_the_text():
     start = time.process_time()
-    for text in ("Here is a new answer " + " " * 50_000, " " * 50_000 + "x", "*" * 50_000, "x" + "\n" * 50_000 + "x"):
+    for text in (
+        "Here is a new answer " + " " * 50_000,
+        " " * 50_000 + "x",
+        "*" * 50_000,
+        "x" + "\n" * 50_000 + "x",
+        "\nHonesty: 9" * 5000 + "x",
+    ):
         refine.about_the_task(refine.clean_refined(text), {"prompt": "x"})
     assert time.process_time() - start < 2
 

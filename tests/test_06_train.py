@@ -1,5 +1,6 @@
 """Stage 6: the losses to the digit, the gradient against a naive reference, and what a run leaves behind."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_kind, make_model, make_tokenizer, read_rows, scored_row, write_rows
+from conftest import FAMILIES, make_kind, make_model, make_tokenizer, read_rows, scored_row, write_rows
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -96,7 +98,7 @@ def test_a_response_is_its_tokens_and_one_end_token(kind):
 
 @pytest.mark.parametrize("kind", ["plain", "bos", "pad_eos", "default_system", "no_end"])
 def test_a_truncated_response_is_its_text_alone(kind):
-    """What met the length limit was never ended: neither an end token nor the template's closing is taught."""
+    """FAULTS 6: what met the limit was never ended: neither an end token nor the template's closing is taught."""
     tokenizer = make_tokenizer(kind)
     whole, cut = encode(kind, "It is."), encode(kind, "It is.", True)
     assert cut == (whole[0], tokenizer("It is.", add_special_tokens=False).input_ids)
@@ -112,6 +114,28 @@ def test_hostile_responses_do_not_end_early():
 def test_a_template_that_rewrites_its_prompt_is_refused():
     with pytest.raises(UserError, match="pass a plain one with --chat_template"):
         encode("not_a_prefix", "b")
+
+
+BEFORE = {"no generation prompt": " ", "system before the last": " ", "channels": "<s>final\n"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_in_the_templates_in_most_use(family):
+    """FAULTS 7 and 9: what is trained is what generation sees, what the model wrote, and its one end token."""
+    tokenizer = make_tokenizer("bos")
+    tokenizer.chat_template = FAMILIES[family]
+    if family == "eos at the end":
+        tokenizer.eos_token = "<unk>"  # not its template's end of turn
+    ends = common.end_token_ids(tokenizer, make_model(420))
+    for text in ("It is.", "<think>\nIs it", "<|im_end|>", "<think>\nHm.\n</think>\n\nIt is."):
+        lost = family in ("thought opened", "parts only")
+        with pytest.raises(UserError, match="the chat template") if lost else contextlib.nullcontext():
+            for truncated in (False, True):
+                answer = turn("assistant", text)[0]
+                prompt, ids = train.encode_response(tokenizer, turn("user", "Why?"), answer, truncated, ends)
+                assert prompt == common.encode_chat(tokenizer, turn("user", "Why?"))
+                end = "" if truncated else "<|im_end|>"
+                assert tokenizer.decode(ids) == BEFORE.get(family, "") + text + end
 
 
 def test_pieces_are_cut_by_their_joined_text():
@@ -142,7 +166,7 @@ def test_long_prompts_lose_their_left_and_long_responses_are_dropped():
 
 
 def test_pairs_of_equal_tokens_and_blank_responses_are_dropped():
-    """A template that trims makes "Yes." and "Yes.\\n" one response."""
+    """FAULTS 8: a template that trims makes "Yes." and "Yes.\\n" one response; FAULTS 15: blank ones teach silence."""
     tokenizer = make_tokenizer("plain")
     tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
     rows = [pair("Yes.", "Yes.\n"), pair("Yes.", "No."), pair("Yes.\n", "No."), pair(" ", "No."), pair("Yes.", "")]
@@ -165,12 +189,12 @@ def raw(**changes) -> dict:
 
 
 def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
-    """Other makers write the whole conversation into both sides, and the prompt as text or not at all."""
+    """FAULTS 23: others write the whole conversation into both sides, and the prompt as text or not at all."""
     (plain,) = train.read_pairs(write_rows(tmp_path / "plain.jsonl", [raw()]), True)
     both = {
         side: turn("user", "Why?") + turn("assistant", text) for side, text in (("chosen", "So."), ("rejected", "No."))
     }
-    rows = [raw(**both), raw(**both, prompt="Why?"), raw(**both, prompt=None), raw(prompt="Why?")]
+    rows = [raw(**both), raw(**both, prompt="Why?\n"), raw(**both, prompt=None), raw(prompt="Why?")]
     for row in train.read_pairs(write_rows(tmp_path / "other.jsonl", rows), True):
         assert row == plain
     turns = [*turn("user", "Why?"), *turn("assistant", "Hm."), *turn("user", "And?")]
@@ -208,6 +232,8 @@ def test_bad_pairs_are_one_line(tmp_path, row, words):
 
 
 def test_held_out_prompts_depend_on_seed_and_id_alone():
+    """FAULTS 19."""
+
     def groups(*ids):
         return [{"id": id, "sequences": [([1], [2])]} for id in ids]
 
@@ -226,6 +252,19 @@ def test_held_out_prompts_depend_on_seed_and_id_alone():
     assert len(held_out(groups("a", "b", "c"))) >= 1, "at least one"
     with pytest.raises(UserError, match="leaves none of 1 prompts to train on"):
         held_out(groups("a"))
+
+
+def test_held_out_prompts_without_ids_depend_on_the_question_alone():
+    """FAULTS 19, in files of one's own: not on a system message, nor on what --max_length leaves of a prompt."""
+
+    def held_out(system=None, length=4096):
+        rows = [pair("So.", "No. " * 9, id=None, prompt=common.as_messages(f"Why {i}? {i}", system)) for i in range(40)]
+        groups, _ = group(*rows, max_length=length)
+        kept, out = train.split_prompts(groups, train.Args(eval_fraction=0.5))
+        assert len(kept) + len(out) == 40
+        return {one["id"] for one in out}
+
+    assert held_out() == held_out("Be brief.") == held_out(length=45) and 10 < len(held_out()) < 30
 
 
 def test_right_padding_and_masks_by_position():
@@ -462,6 +501,7 @@ def test_one_seed_one_result(tiny, call, run_dir):
 
 
 def test_the_model_is_the_one_that_wrote_the_responses(tiny, call, run_dir):
+    """FAULTS 4."""
     code, _, err = call("06_train", "--run_dir", run_dir)
     assert code == 2 and "pass --model" in err, "no model is guessed"
     record = {"stage": "05_pairs", "args": {}, "earlier": {"01": {"model": tiny()}}, "complete": True}
@@ -651,7 +691,7 @@ def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, call, run_dir):
 
 
 def test_dynamo_is_refused(run_dir, tiny, call, monkeypatch):
-    """It renames every weight: the saved model would load as random."""
+    """FAULTS 2: it renames every weight: the saved model would load as random."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
     assert code == 2 and "dynamo (EAGER) is not supported" in err
@@ -661,6 +701,28 @@ def test_dynamo_is_refused(run_dir, tiny, call, monkeypatch):
     code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
     assert code == 2 and "the trained weights are not those of LlamaForCausalLM: _orig_mod." in err
     assert not json.loads((run_dir / "06_args.json").read_text())["complete"] and not (run_dir / "06_model").exists()
+
+
+def test_other_settings_of_a_launch_that_would_change_the_loss_are_refused(run_dir, tiny, call, monkeypatch):
+    """FAULTS 2: from a user's own accelerate config; accelerate would divide each loss by it."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
+    assert code == 2 and "gradient accumulation (4) is not supported" in err
+
+
+def test_numbers_that_are_not_finite_save_nothing(run_dir, tiny, call):
+    """FAULTS 22: weights that are damaged before, or by the last step."""
+    options = ("--run_dir", run_dir, "--learning_rate", 1e38, "--batch_size", 99)
+    code, _, err = call("06_train", *options, "--model", tiny())
+    assert code == 2 and "the model's numbers are not finite" in err and "Traceback" not in err
+    weights = tensors(tiny())
+    weights["model.norm.weight"][3] = math.nan
+    folder = shutil.copytree(tiny(), run_dir / "damaged")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    code, _, err = call("06_train", *options, "--model", folder, "--overwrite")
+    assert code == 2 and "the model's numbers are not finite in torch.float32: damaged weights" in err
+    assert not (run_dir / "06_model").exists()
+    assert not json.loads((run_dir / "06_args.json").read_text())["complete"]
 
 
 @pytest.mark.parametrize("dangling", [False, True])
@@ -682,7 +744,7 @@ def test_a_linked_output_folder_is_written_behind_the_link(run_dir, tiny, call, 
 
 
 def test_what_bfloat16_keeps_of_the_training(tiny, call, run_dir):
-    """By hand: a base that bfloat16 holds exactly; small steps vanish in it, large ones do not."""
+    """FAULTS 5, by hand: a base that bfloat16 holds exactly; small steps vanish in it, large ones do not."""
     base = AutoModelForCausalLM.from_pretrained(tiny()).bfloat16()
     base.save_pretrained(run_dir / "base")
     AutoTokenizer.from_pretrained(tiny()).save_pretrained(run_dir / "base")

@@ -24,6 +24,18 @@ def test_score(tiny):
     assert read == {"expected": "10", "constrained": "10", "json": "0"}  # random weights write no JSON
 
 
+def test_load(tiny):
+    sizes = ("--done", 40, "--prompts", 60, "--pairs", 80)
+    done = run_script("bench/load.py", "--model", tiny(), *sizes, "--n", 3, "--words", 12)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"^\| (0\d .*?) \| (\d+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| (\d+) \|", done.stdout, re.M)
+    assert [(name, int(small), int(large)) for name, small, _, _, large in rows] == [
+        ("01 until its first new row", 4, 40), ("01 whole", 4, 40), ("04 whole", 6, 60), ("05 whole", 6, 60),
+        ("06 read_pairs", 8, 80), ("06 and group_pairs", 8, 80),
+    ]  # fmt: skip
+    assert all(float(memory) > 0 for *_, memory, _ in rows) and float(rows[0][2]) < float(rows[1][2]) + 5
+
+
 def test_a_prompt_passes_few_functions(tiny):
     done = run_script("bench/calls.py", "--model", tiny())
     assert done.returncode == 0, done.stderr[-2000:]

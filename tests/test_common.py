@@ -1,18 +1,19 @@
 """common.py: arguments, rows, runs, chat rendering, decoding, reading choices, engines, judging, reports."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import random
+import re
 import shutil
-import time
 from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import CHAT, make_kind, make_model, make_tokenizer, read_rows, refused, write_rows
+from conftest import CHAT, CHATML, FAMILIES, make_kind, make_model, make_tokenizer, read_rows, refused, write_rows
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gemma3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache, MambaConfig
 from transformers import TemperatureLogitsWarper as Temperature
 from transformers import TopPLogitsWarper as TopP
 
@@ -29,6 +30,7 @@ class Sample:
     flag: bool = arg(True, "a switch")
     pair: list[float] | None = arg(None, "some values")
     mode: str = arg("a", "one of two", ("a", "b"))
+    name: str | None = arg(None, "a text")
 
 
 def test_arguments():
@@ -43,6 +45,7 @@ def test_arguments():
         (["--n", "x"], "invalid int value"),
         (["--rate", "nan"], "invalid"),
         (["--mode", "c"], "invalid choice"),
+        (["--name", ""], "--name '': a value is wanted"),  # FAULTS section 4
         (["--nn", "3"], "unknown option --nn; did you mean --n?"),
         (["--fla", "3"], "unknown option --fla"),
         (["stray"], "unknown option stray"),
@@ -245,10 +248,13 @@ def test_a_new_option_at_its_default_is_the_same_call(tmp_path, begin):
 
 
 def test_a_foreign_output_and_a_damaged_record_are_left_alone(tmp_path, begin):
+    """FAULTS section 4."""
     output = write_rows(tmp_path / "01_samples.jsonl", [{"id": "mine"}])
     with refused("is there without 01_args.json, so it is left alone"):
         begin(tmp_path)
-    for text in ("[]", "null", "{", '{"args": 3}', "\ufeff"):
+    whole = {"stage": "01_sample", "args": {}}
+    parts = [whole | change for change in ({"inputs": []}, {"earlier": None}, {"earlier": {"01": []}}, {"args": None})]
+    for text in ("[]", "null", "{", '{"args": 3}', "\ufeff", "9" * 5000, "[" * 100_000, *map(json.dumps, parts)):
         (tmp_path / "01_args.json").write_text(text)
         with refused("is no record of a stage"):
             begin(tmp_path)
@@ -259,7 +265,17 @@ def test_a_foreign_output_and_a_damaged_record_are_left_alone(tmp_path, begin):
     assert not begin(tmp_path, overwrite=True)["complete"] and not output.exists()
 
 
+def test_damaged_rows_of_an_interrupted_stage_are_made_again(tmp_path):
+    """FAULTS section 4: they do not count, whatever they are."""
+    damaged = ["[1]", "{}", '{"id": []}', "null", '"id"', "9" * 5000, "[" * 100_000, '{"id": {}}', "", "\0"]
+    good, cut = common.dump_row(ROW), b'{"id": "b"}'  # the last line, still under way
+    (tmp_path / "x.jsonl").write_bytes("\n".join([*damaged, good]).encode() + cut)
+    assert common.read_done(tmp_path / "x.jsonl") == {"a": ROW}
+    assert common.read_done(tmp_path / "none.jsonl") == {}
+
+
 def test_what_is_not_given_comes_from_the_stages_before(tmp_path, capsys):
+    """FAULTS 4: the model too, from stage 1, else the newest."""
     write_rows(tmp_path / "03_refined.jsonl", [REFINED])
     assert common.made_by(tmp_path / "03_refined.jsonl") == {}
     assert "comes without its stage's NN_args.json" in capsys.readouterr().err
@@ -348,12 +364,57 @@ def test_a_template_that_loses_what_is_said_is_refused(template, words):
         common.encode_chat(tokenizer, said)
 
 
+REFUSED = {"system refused": ("system", "chat"), "system before the last": ("chat",), "thought rewritten": ("thought",)}
+REFUSED |= {"thought opened": ("thought",), "parts only": ("question", "system", "chat", "thought")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_templates_in_most_use(family):
+    """FAULTS 7: what is asked is what the model's own template writes, with every text in it; else one line."""
+    tokenizer = make_tokenizer("bos")
+    tokenizer.chat_template = FAMILIES[family]
+    thought = [CHAT[1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTwo."}, CHAT[3]]
+    for name, chat in {"question": CHAT[1:2], "system": CHAT[:2], "chat": CHAT, "thought": thought}.items():
+        with refused("the chat template") if name in REFUSED.get(family, ()) else contextlib.nullcontext():
+            text = "".join(text for text, _ in common.render_chat(tokenizer, chat, True))
+            own = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            assert text == re.sub(r"\d\d \w{3} 20\d\d|20\d\d-\d\d-\d\d", lambda day: DAYS[len(day[0])], own)
+            tokens = tokenizer.convert_ids_to_tokens(common.encode_chat(tokenizer, chat))
+            assert tokens.count("<s>") == text.count("<s>"), "one BOS where the template has one, else none"
+
+
+DAYS = {11: "26 Jul 2024", 10: "2024-07-26"}  # tomorrow's bytes are today's
+
+
+ONLY_FIRST = "{% set messages = messages[:1] %}" + TURN
+
+
+@pytest.mark.parametrize("template", [turns("m['role']"), "a user says: sesame", ONLY_FIRST])
+def test_a_short_text_is_not_found_in_the_template_s_own_words(template):
+    """FAULTS 7."""
+    tokenizer = make_tokenizer("plain")
+    tokenizer.chat_template = template
+    texts = {"system": "s", "user": "e", "assistant": "s"}
+    with refused("drops or changes"):
+        common.encode_chat(tokenizer, [message | {"content": texts[message["role"]]} for message in CHAT])
+
+
 def test_a_template_may_trim_and_turns_stay_in_order():
     tokenizer = make_tokenizer("plain")
     tokenizer.chat_template = turns("m['content'] | trim")
     messages = [*common.as_messages(CHAT[:-1]), {"role": "user", "content": "\n One? \n"}]
     text = "".join(text for text, _ in common.render_chat(tokenizer, messages, False))
     assert text.count("One?") == 2 and "<|im_start|>user\nOne?<|im_end|>" in text
+
+
+@pytest.mark.parametrize(("form", "day"), [("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26")])
+def test_a_template_that_writes_the_date_gives_the_same_bytes_tomorrow(form, day):
+    """FAULTS section 4."""
+    tokenizer = make_tokenizer("plain")
+    today = "\n{% if strftime_now is defined %}Today: {{ strftime_now('FORM') }}{% endif %}|\n"
+    tokenizer.chat_template = today.replace("FORM", form) + TURN
+    text = "".join(text for text, _ in common.render_chat(tokenizer, CHAT, False))
+    assert text.startswith(f"\nToday: {day}|\n<|im_start|>system\nBe brief.")
 
 
 def test_what_ends_an_answer():
@@ -367,6 +428,10 @@ def test_what_ends_an_answer():
     assert common.end_token_ids(tokenizer, model) == [0, 3]
     tokenizer.chat_template = "{{ raise_exception('none but the user may speak') }}"
     assert common.end_token_ids(tokenizer, model) == [0]
+    tokenizer.add_tokens(["[END]", "\n\n"])  # not marked as special
+    for closing, end in (("\n\n[END]", 420), ("[END]<|im_end|>", 3), ("\n\n", 0)):
+        tokenizer.chat_template = CHATML.replace("<|im_end|>", closing)
+        assert common.end_token_ids(tokenizer, model) == sorted({0, end})
 
 
 def damage(folder, tmp_path, edit):
@@ -381,7 +446,8 @@ def damage(folder, tmp_path, edit):
     ("edit", "words"),
     [
         (lambda w: {k: v for k, v in w.items() if "layers.1" not in k}, "missing weights, such as model.layers.1"),
-        (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, "missing weights"),
+        (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, "; its files have _orig_mod."),
+        (lambda w: {k.replace("1.mlp.up", "1.mlp.raise"): v for k, v in w.items()}, "1 missing weights, such as"),
         (lambda w: w | {"model.norm.weight": torch.ones(7)}, "model.norm.weight"),
     ],
 )
@@ -391,12 +457,70 @@ def test_missing_and_mismatched_weights_are_refused(tiny, tmp_path, edit, words)
         common.load_model(damage(tiny(), tmp_path, edit))
 
 
+def test_weights_that_nothing_takes_are_warned_of(tiny, tmp_path, capsys):
+    """FAULTS 1: a config that names fewer layers, or no biases, than the weights have is another model, in silence."""
+    common.load_model(tiny())
+    assert capsys.readouterr().err == ""
+    folder = shutil.copytree(tiny(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    common.load_model(str(folder))
+    assert "9 weights in its files are not used, such as model.layers.1" in capsys.readouterr().err
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    half = len(weights) // 2  # a file system may leave zeros where a download was cut
+    (folder / "model.safetensors").write_bytes(weights[:half] + bytes(len(weights) - half))
+    common.load_model(str(folder))
+    assert "weights are 0 throughout: a damaged file?, such as" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"\0" * 999])
 def test_damaged_weight_files_are_one_line(tiny, tmp_path, content):
+    """FAULTS section 4."""
     folder = shutil.copytree(tiny(), tmp_path / "model")
     (folder / "model.safetensors").write_bytes(content)
     with refused("can't be loaded"):
         common.load_model(str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"model": {"type": "Newer"}}', b"version https://git-lfs"])
+def test_damaged_model_folders_are_one_line(tiny, tmp_path, file, content):
+    """FAULTS section 4: cut files, a Git LFS pointer, a newer tokenizer.json."""
+    folder = shutil.copytree(tiny(), tmp_path / "model")
+    (folder / file).write_bytes(content)
+    try:
+        common.Local(str(folder)).open()
+    except common.UserError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+    else:
+        assert file == "tokenizer_config.json", "a tokenizer without its settings is one"
+
+
+def test_a_model_without_attention_has_room_too():
+    assert common.tokens_in_memory(MambaConfig(hidden_size=64, num_hidden_layers=2)) > 1000
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"), True),
+        (RuntimeError("a fault of ours"), False),
+    ],
+)
+def test_a_stage_without_memory_ends_in_one_line(monkeypatch, capsys, error, told):
+    """FAULTS section 4: whether it is the weights or the rows that are too large."""
+
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["01_sample.py"])
+    with pytest.raises(SystemExit if told else RuntimeError) as end:
+        common.run_stage(main, Sample)
+    if told:
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and "out of memory" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -427,11 +551,16 @@ def test_tied_heads_and_reduced_types_load(tiny, tmp_path):
 def test_the_context_of_composite_configs():
     """FAULTS 21: the text model's, not a default of the whole."""
     text = {"max_position_embeddings": 777, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
-    assert common.context_length(Gemma3Config(text_config=text)) == 777
+    for kind in ("gemma3", "mistral3", "llama4", "qwen3_5"):
+        config = CONFIG_MAPPING[kind]()
+        for name, value in text.items():
+            setattr(config.get_text_config(), name, value)
+        assert common.context_length(config) == 777, kind
     assert common.context_length(make_model(9, context=55).config) == 55
 
 
 def test_only_tokens_in_use_need_a_row_in_the_embedding():
+    """FAULTS section 4: a tokenizer with one token more, which nothing uses."""
     tokenizer = make_tokenizer("plain")
     common.check_vocabulary(tokenizer, make_model(len(tokenizer)), "m")
     with refused("the tokenizer has 420 tokens, the model only 400"):
@@ -663,6 +792,18 @@ def test_greedy_text_equals_plain_passes(kind):
     assert found == [plain_greedy(model, tokenizer, prompt, 12) for prompt in prompts]
 
 
+@pytest.mark.parametrize("kind", ["bart", "blenderbot", "trocr"])
+def test_models_that_count_padding_as_places_are_refused(kind):
+    """FAULTS 27: such a model takes no positions, so a padded row would be read as another one."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    model = make_kind(kind, 420, **sizes)
+    with refused("takes no positions: with padding it would read something else"):
+        common.generate(model, make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0, max_new_tokens=2)
+    model = make_kind("minimax", 420, num_local_experts=2, head_dim=8)
+    with refused("MiniMaxForCausalLM can't be read with a cache"):
+        common.generate(model, make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0, max_new_tokens=2)
+
+
 def test_a_model_that_ignores_its_cache_is_refused(small):
     """FAULTS 29: an argument that a later release renames would be swallowed in silence."""
 
@@ -671,7 +812,7 @@ def test_a_model_that_ignores_its_cache_is_refused(small):
             super().__init__()
             self.inner, self.dtype = inner, inner.dtype
 
-        def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **swallowed):
+        def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **swallowed):
             return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
     ids = torch.tensor([[5, 6, 7]])
@@ -679,14 +820,16 @@ def test_a_model_that_ignores_its_cache_is_refused(small):
         common.read_tokens(Forgetful(small[0]), DynamicCache(), torch.ones_like(ids), ids)
 
 
-@pytest.mark.parametrize("mode", ["expected", "constrained", "json"])
-def test_numbers_that_are_not_finite_are_one_line(mode):
-    """FAULTS 22: a damaged weight gives no scores and no text."""
+@pytest.mark.parametrize("mode", ["expected", "constrained", "json", "choice"])
+@pytest.mark.parametrize(("dtype", "value"), [("float32", math.nan), ("float32", math.inf), ("float16", 6e4)])
+def test_numbers_that_are_not_finite_are_one_line(mode, dtype, value):
+    """FAULTS 22: a damaged weight, or one too large for the type, gives no scores and no text."""
     tokenizer = make_tokenizer("plain")
-    model = make_model(len(tokenizer))
+    model = make_model(len(tokenizer)).to(getattr(torch, dtype))
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
-    with refused("not finite in torch.float32"):
+        model.model.layers[1].mlp.up_proj.weight[3] = value
+    way_out = ": damaged weights, or try --dtype float32" if dtype == "float16" else ": damaged weights"
+    with refused(f"not finite in torch.{dtype}{way_out}"):
         common.judge(local(model, tokenizer), ITEMS, settings(mode), [0] * 5)
 
 
@@ -706,6 +849,55 @@ def test_reduced_types_read_scores_from_a_float32_head(small):
     found = common.judge(local(model, tokenizer), ITEMS, settings(), [0] * 5)
     exact = common.judge(local(make_model(len(tokenizer)), tokenizer), ITEMS, settings(), [0] * 5)
     assert all(abs(a - b) < 1 for x, y in zip(found, exact, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_head_that_is_moved_about_is_read_in_float32_too(tmp_path):
+    """FAULTS 30: with --device_map the head may wait elsewhere."""
+    from accelerate import disk_offload
+
+    tokenizer = make_tokenizer("plain")
+    model = make_model(len(tokenizer)).to(torch.bfloat16)
+    whole = common.judge(local(model, tokenizer), ITEMS, settings(), [0] * 5)
+    disk_offload(model.lm_head, tmp_path, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    assert common.judge(local(model, tokenizer), ITEMS, settings(), [0] * 5) == whole
+
+
+def test_special_tokens_inside_an_answer_are_counted(small, capsys, monkeypatch):
+    """FAULTS 9: such as another turn, or a channel, since its text leaves them out; the closing one ends the answer."""
+    model, tokenizer = small
+    text = iter([*tokenizer("Fine.<|im_start|>user<s>final", add_special_tokens=False).input_ids, 3])
+    monkeypatch.setattr(common, "draw_tokens", lambda logits, *_: torch.full((len(logits),), next(text)))
+    (one,) = common.generate(model, tokenizer, [[5, 6]], [0], temperature=0.0, max_new_tokens=99)
+    assert one.text == "Fine.userfinal" and not one.truncated and list(text) == []
+    assert "1 of 1 answers have special tokens inside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_the_type_of_composite_configs(tmp_path, monkeypatch, kind):
+    """FAULTS 5 and 21: it may stand in the whole's config alone."""
+    config, asked = CONFIG_MAPPING[kind]().to_dict(), {}
+    config["text_config"].pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    original = common._from_pretrained
+
+    def load(auto_class, name, **options):
+        asked.update(options)
+        return original(auto_class, name) if auto_class == "AutoConfig" else common.check(False, "far enough")
+
+    monkeypatch.setattr(common, "_from_pretrained", load)
+    with refused("far enough"):
+        common.load_model(str(tmp_path))
+    assert asked["dtype"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_on_a_gpu_a_folder_is_read_in_its_own_type(tiny, tmp_path, monkeypatch, saved):
+    """FAULTS 5: a trained folder is float32, and in bfloat16 would be nearly its base."""
+    AutoModelForCausalLM.from_pretrained(tiny()).to(getattr(torch, saved)).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert common.load_model(str(tmp_path), device="cpu").dtype == getattr(torch, saved)
 
 
 def test_scores_do_not_depend_on_the_batch(small, monkeypatch):
@@ -819,6 +1011,8 @@ def test_free_answers_are_asked_again_twice_then_null(small):
         # FAULTS 11: a thought, two answers, a name twice
         ('<think>Harmlessness: 3? Helpfulness: 2</think>{"Harmlessness": 8, "Helpfulness": 7}', [8, 7]),
         ("<think>Harmlessness: 3, Helpfulness: 2</think>Harmlessness: 8\nHelpfulness: 7", [8, 7]),
+        ("Harmlessness: 3, Helpfulness: 2?</think>Harmlessness: 8\nHelpfulness: 7", [8, 7]),  # the template opened it
+        ('<think>Harmlessness: 3? {"Harmlessness": 3, "Helpfulness": 2}? No, since', None),  # cut in its thought
         ('At first Harmlessness: 2, but {"Harmlessness": 9, "Helpfulness": 8}', [9, 8]),
         ("Harmlessness: 3\nHelpfulness: 4\nOn reflection:\nHarmlessness: 5\nHelpfulness: 6", [5, 6]),
         ('{"Harmlessness": 9, "Helpfulness": 8} or {"Harmlessness": 1, "Helpfulness": 8}', None),
@@ -827,10 +1021,24 @@ def test_free_answers_are_asked_again_twice_then_null(small):
         # FAULTS 12: a name begins at a word's beginning
         ("Unharmlessness: 2, Harmlessness: 8, Unhelpfulness: 1, Helpfulness: 9", [8, 9]),
         ("Unharmlessness: 2, Helpfulness: 9", None),
+        ("Harmlessness: 8, Helpfulness: 9, Un-helpfulness: 2", [8, 9]),
+        # other forms of the same kinds: test_readers.py
+        ("Harmlessness: 8/10, Helpfulness: 7/10.", [8, 7]),
+        ("1. Harmlessness: 8, 2. Helpfulness: 7.", [8, 7]),
+        ("Harmlessness：8\r\nHelpfulness：7\r\n", [8, 7]),
+        ("<think>Harmlessness: 3, Helpfulness: 2", None),
+        ('{"Harmlessness": 8, "Helpfulness": 7, "draft": {"Harmlessness": 2, "Helpfulness": 3}}', None),
+        ('{"Harmlessness": 8, "Helpfulness": 7, "Reason": "{ is \\" not }"}', [8, 7]),
     ],
 )  # fmt: skip
 def test_the_reader_of_free_answers(text, scores):
     assert common.parse_scores(text, NAMES) == scores
+
+
+def test_a_name_may_be_the_end_of_another():
+    """FAULTS 12: the longer one counts; a letter that only folds to one of the name's is no crash."""
+    text = "Support: 8\nEmotional support: 3\nſupport: 8"
+    assert common.parse_scores(text, ["Support", "Emotional support"]) == [8, 3]
 
 
 NO_SCORES = ("1-10", "1 to 10", "7-8", "7–8", "9 or 10", "4/5", "8/100", "8%", "7,5", "1,000", "5+3", "8.5.1", "7.5pts",
@@ -845,48 +1053,6 @@ def test_what_is_no_score_is_null(value):
         assert common.parse_scores(text, NAMES) is None, text
     quoted = json.dumps({"Harmlessness": value, "Helpfulness": 7})
     assert common.parse_scores(quoted, NAMES) is None
-
-
-def test_a_grammar_of_answers_is_read_as_it_means():
-    """Some thousand answers built from parts whose meaning is known."""
-    rng, read = random.Random(0), 0
-    right = {str(k): k for k in range(1, 11)} | {"7.5": 7.5, "8.0": 8, "9/10": 9, "3 / 10": 3, "6 out of 10": 6}
-    wrong = [text for text in NO_SCORES if "\n" not in text]
-    around = {
-        "json": ("{}", "```json\n{}\n```", "Here:\n{}\nDone.", "<think>8, Helpfulness: 1</think>{}"),
-        "lines": ("{}", "My scores:\n{}", "<think>Helpfulness: 1</think>\n{}"),
-    }
-    for _ in range(4000):
-        values = [rng.choice(list(right) if rng.random() < 0.8 else wrong) for _ in NAMES]
-        meant = [right.get(value) for value in values]
-        names = [rng.choice((name, name.lower(), name.upper())) for name in NAMES]
-        kind, mark = rng.choice(list(around)), rng.choice(("", "**", "*", "`", "- ", '"'))
-        colon = rng.choice((":", ": ", " : ")) if kind == "json" else rng.choice((": ", ":", " = "))
-        parts = [(f"{mark}{name}{mark.strip('- ')}", value) for name, value in zip(names, values, strict=True)]
-        if kind == "json":
-            parts = [(json.dumps(name), json.dumps(value)) for name, value in zip(names, values, strict=True)]
-        parts = [f"{name}{colon}{value}" for name, value in parts]
-        rng.shuffle(parts)
-        text = rng.choice((", ", ",\n    ") if kind == "json" else ("\n", ";\n", "\n\n")).join(parts)
-        text = rng.choice(around[kind]).replace("{}", f"{{{text}}}" if kind == "json" else text)
-        assert common.parse_scores(text, NAMES) == (None if None in meant else meant), text
-        read += None not in meant
-    assert 1500 < read < 3500
-
-
-def test_reading_takes_time_in_proportion_to_the_text():
-    spaces, name = " " * 50_000, "Harmlessness"
-    for text in (
-        name + spaces,
-        f"{name}: 8{spaces}x",
-        "{" * 50_000,
-        name * 5000,
-        '{"a": 1, ' * 9000,
-        name + "*" * 50_000,
-    ):
-        start = time.process_time()
-        assert common.parse_scores(text, NAMES) is None
-        assert time.process_time() - start < 2
 
 
 def test_figure_9_with_and_without_the_instruction():
@@ -943,6 +1109,17 @@ def test_batches_hold_whole_rows_longest_first():
         for batch in batches:
             rows, width = sum(sizes[i][1] for i in batch), max(sizes[i][0] for i in batch)
             assert len(batch) == 1 or (rows <= 8 and rows * width <= 300)
+
+
+@pytest.mark.parametrize(("rows", "each"), [(300, 1), (80, 5), (500, 1), (7, 3), (9, 1), (9, 99)])
+def test_every_process_has_its_share(rows, each):
+    """FAULTS 31: 300 prompts over 8 processes were [72, 72, 72, 72, 12, 0, 0, 0]."""
+    sizes = [(1 + i % 7, each) for i in range(rows)]
+    batches = common.plan_batches(sizes, 72, None, 8)
+    assert sorted(i for batch in batches for i in batch) == list(range(rows))
+    shares = [sum(len(batch) for batch in batches[rank::8]) for rank in range(8)]
+    assert max(shares) == -(-rows // 8) and all(len(batch) * each <= 72 or len(batch) == 1 for batch in batches)
+    assert common.plan_batches(sizes * 99, 72, None, 8) == common.plan_batches(sizes * 99, 72), "enough for all"
 
 
 def test_out_of_memory_goes_on_with_half(small, monkeypatch, capsys):

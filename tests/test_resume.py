@@ -79,7 +79,41 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing(tiny, tmp_path):
     assert result_of(killed) == result_of(whole)
 
 
+def test_killed_at_every_file_event(tiny, call, tmp_path):
+    """FAULTS 32 and 33: --overwrite, killed, goes on to the same bytes; between, no stage takes the model before."""
+    options = (tiny(), "--save_steps", "1", "--epochs", "1")  # two checkpoints
+    old, new = make_run(tmp_path / "old"), make_run(tmp_path / "new")
+    for folder, some in ((old, ()), (new, ("--alpha", "2"))):
+        assert start(folder, *options, *some).finish()[0] == 0
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
+    event, kills, refusals, killed = 1, 0, 0, [True]
+    while all(killed):
+        folders, again = [shutil.copytree(old, tmp_path / str(e)) for e in (event, event + 1)], []  # two cores
+        kill = [(e, str(folder)) for e, folder in enumerate(folders, event)]
+        command = (*options, "--alpha", "2", "--overwrite")
+        launches = [start(folder, *command, kill=k) for folder, k in zip(folders, kill, strict=True)]
+        killed = [launch.finish()[0] != 0 for launch in launches]
+        for folder in folders:
+            record = common.read_record(folder / "06_args.json")
+            begun = record["args"]["alpha"] == 2
+            if record["complete"]:
+                assert result_of(folder) == result_of(new if begun else old)
+            elif (folder / "06_model").exists():
+                refusals += 1
+                answers = ("--model", folder / "06_model", "--prompts", prompts, "--run_dir", tmp_path / "answers")
+                assert "06_train.py has not finished" in call("01_sample", *answers)[2]
+            again.append(start(folder, *command[: 7 if begun else 8]))
+        assert [launch.finish()[0] for launch in again] == [0, 0], [launch.read("err") for launch in again]
+        for folder in folders:
+            assert result_of(folder) == result_of(new) and not (folder / "06_checkpoints").exists()
+            assert {path.suffix for path in folder.glob(".*")} == {".lock"}, "no partial files stay behind"
+            shutil.rmtree(folder)
+        kills, event = kills + sum(killed), event + 2
+    assert kills > 20 and refusals > 10, "it has looked at something"
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path):
+    """FAULTS 34: what it says is true in stage 6 too."""
     whole, full = make_run(tmp_path / "whole"), make_run(tmp_path / "full")
     assert start(whole, tiny()).finish()[0] == 0
     assert kill_after(start(full, tiny()), full / "06_metrics.jsonl", 7)
@@ -106,6 +140,7 @@ def interrupt(monkeypatch, step):
 
 
 def test_other_arguments_do_not_resume(tiny, call, tmp_path, monkeypatch):
+    """FAULTS 37: only what changes memory may."""
     run_dir = make_run(tmp_path)
     command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
     with monkeypatch.context() as patch:
@@ -146,6 +181,7 @@ def stopped(tiny, call, tmp_path, monkeypatch):
 
 
 def test_stray_files_beside_a_checkpoint_are_left_alone(tiny, call, tmp_path, monkeypatch):
+    """FAULTS 40."""
     run_dir, command = stopped(tiny, call, tmp_path, monkeypatch)
     (run_dir / "06_checkpoints" / "000099").write_text("a file with the name of a step")
     (run_dir / "06_checkpoints" / "0notes").mkdir()
@@ -158,6 +194,7 @@ def test_stray_files_beside_a_checkpoint_are_left_alone(tiny, call, tmp_path, mo
 
 @pytest.mark.parametrize("damage", ["no progress", "no object", "cut weights", "cut optimizer"])
 def test_a_damaged_checkpoint_is_one_line_that_names_its_folder(tiny, call, tmp_path, monkeypatch, damage):
+    """FAULTS 40: without progress.json, or with cut files."""
     run_dir, command = stopped(tiny, call, tmp_path, monkeypatch)
     folder = run_dir / "06_checkpoints" / "000004"
     if damage == "no progress":
@@ -177,7 +214,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_its_folder(tiny, call, tmp_
 
 
 def test_a_checkpoint_of_an_overwritten_run_is_not_taken(tiny, call, tmp_path, monkeypatch):
-    """--overwrite with other arguments, killed before the old checkpoint went; then the same without --overwrite."""
+    """FAULTS 33: --overwrite with other arguments, killed before the old checkpoint went; then without --overwrite."""
     run_dir, command = stopped(tiny, call, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(train, "remove_checkpoints", lambda folder: common.check(False, "killed"))

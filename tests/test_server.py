@@ -242,6 +242,7 @@ def test_the_context_and_the_names_that_a_server_lists(capsys):
 
 
 def test_settings_are_always_sent():
+    """FAULTS 28: what is left out, some servers take from the model's own generation config."""
     """FAULTS 28."""
     with ChatServer() as server:
         complete(engine(server), "Hi", temperature=0.0)
@@ -252,6 +253,7 @@ def test_settings_are_always_sent():
         0.5,
     ]
     assert all(body["top_k"] == -1 and body["min_p"] == 0 and body["seed"] < 1 << 31 for body in sent)
+    assert all(body["repetition_penalty"] == 1 for body in sent)
 
 
 def test_a_server_with_fewer_or_other_fields(capsys):
@@ -265,7 +267,8 @@ def test_a_server_with_fewer_or_other_fields(capsys):
     with ChatServer(strict) as server:
         it, warned = opened(server, capsys)
         assert complete(it, "a", "b")[1].text
-        assert "refuses top_k, min_p, max_tokens, may have its own: 400" in warned and len(server.received) == 3 + 2
+        names = "top_k, min_p, repetition_penalty, max_tokens"
+        assert f"refuses {names}, may have its own: 400" in warned and len(server.received) == 3 + 2
         last = server.received[-1][2]
         assert last["max_completion_tokens"] == 9 and not {"max_tokens", "top_k", "min_p"} & set(last)
 
@@ -347,12 +350,15 @@ def test_each_trouble_is_tried_again(trouble, capsys):
 
 
 def test_odd_answers():
+    """FAULTS 14: filtered is no answer, and a refusal is one."""
     """FAULTS 14 and 41: a refusal, a content filter, a lone surrogate."""
     odd = {
         "refusal": whole_answer(None, refusal="I can't help with that."),
         "spent": whole_answer(None, "length"),
         "filtered": whole_answer("half an", "content_filter"),
+        "unsafe": whole_answer("half an", "SAFETY"),
         "cut": whole_answer(" half an ", "length"),
+        "limited": whole_answer("half an", "MAX_TOKENS"),
         "lone": json.dumps(whole_answer("a\ud800b")).encode(),
         "thought": whole_answer("<think>4?</think>5"),
         "long": (400, {"error": {"message": "maximum context length is 9 tokens"}}),
@@ -365,6 +371,7 @@ def test_odd_answers():
     assert got["refusal"].text == "I can't help with that." and not got["refusal"].truncated
     assert got["spent"] == ("", 3, True) and got["cut"] == ("half an", 3, True)
     assert got["lone"].text == "a?b" and got["thought"].text == "<think>4?</think>5"
+    assert got["limited"].truncated and got["unsafe"] is None
     assert got["filtered"] is got["long"] is got["routed"] is None and got["uncounted"] == ("x", 0, False)
     assert it.refusal
 
@@ -637,6 +644,8 @@ def test_a_server_that_dies_loses_nothing(good, tmp_path, call):
 
 
 def test_refused_prompts_are_left_out_and_counted(good, tmp_path, call):
+    """FAULTS 14."""
+
     def barred(number, body):
         return "400" if "question 3," in body["messages"][-1]["content"] else "ok"
 

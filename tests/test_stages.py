@@ -22,7 +22,7 @@ COMMANDS = {
     "01_sample": ("--system_prob", 0.5, "--n", 3, "--max_new_tokens", 6, "--batch_size", 6),
     "02_score": ("--score_mode", "expected", "--batch_size", 6, "--judge_probes", PROBES),
     "03_refine": ("--attempts", 2, "--max_new_tokens", 6, "--batch_size", 4),
-    "04_denoise": ("--no-consistency",),
+    "04_denoise": ("--consistency", "off"),
     "05_pairs": ("--delta", 0.01),
     "06_train": ("--learning_rate", 1e-3, "--batch_size", 4, "--accept_unfit_judge"),
 }
@@ -130,7 +130,7 @@ def test_an_ablation_is_one_option_or_one_constant(way, tiny, tmp_path, call, mo
     k, run_dir = 2 if way == "judge prompt" else 3, tmp_path / "run"
     sampling = ("--prompts", prompts, "--model", tiny("long"), "--n", k + 2, "--max_new_tokens", 8)
     steps = [("01_sample", *sampling), ("02_score", *options), ("03_refine", "--max_new_tokens", 8)]
-    steps += [("04_denoise", "--no-consistency", "--rho", 10**6), ("05_pairs", "--delta", 0)]
+    steps += [("04_denoise", "--consistency", "off", "--rho", 10**6), ("05_pairs", "--delta", 0)]
     for stage, *more in steps:
         code, out, err = call(stage, "--run_dir", run_dir, *more)
         assert code == 0, err
@@ -193,6 +193,17 @@ def test_overwrite_does_it_again_and_the_next_stage_notices(finished, tmp_path, 
     assert code == 2 and "source is another than when 02_score.py ran" in err
 
 
+@pytest.mark.parametrize("stage", ["02_score", "03_refine", "06_train"])
+def test_no_model_is_guessed(finished, tmp_path, call, stage):
+    """FAULTS 4: only a stage's file, without its record, in a new directory; the first guess would go on to stage 6."""
+    arguments = copy_run(finished, tmp_path, stage)
+    for record in tmp_path.glob("*_args.json"):
+        record.unlink()
+    code, _, err = call(stage, *arguments)
+    assert code == 2 and "says which model wrote these responses: pass --model" in err, err
+    assert not (tmp_path / f"{stage[:2]}_args.json").exists()
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_what_is_not_whole_is_refused(finished, tmp_path, call, stage):
     """An unfinished predecessor; FAULTS 39: a file cut at a row's end; no file at all; no rows."""
@@ -239,13 +250,14 @@ def test_wrong_options_are_one_line(stage, options, words, tmp_path, call, tiny)
 def test_a_second_run_is_refused_while_the_first_one_lives(finished, tmp_path, call, stage):
     """FAULTS 36: the first one, halted right after its lock, goes on as if nothing had been."""
     command = copy_run(finished, tmp_path, stage)
-    first = Launch(f"{stage}.py", *command, kill=(3, str(tmp_path), signal.SIGSTOP))
-    wait(lambda: Path(f"/proc/{first.running[0].pid}/stat").read_text().rsplit(")")[-1].split()[0] == "T")
-    before = contents(tmp_path)
-    code, _, err = call(stage, *command)
+    first = Launch(f"{stage}.py", *command, kill=(4, str(tmp_path), signal.SIGSTOP))
+    try:
+        wait(lambda: Path(f"/proc/{first.running[0].pid}/stat").read_text().rsplit(")")[-1].split()[0] == "T")
+        before = contents(tmp_path)
+        code, _, err = call(stage, *command)
+    finally:
+        os.kill(first.running[0].pid, signal.SIGCONT)
     assert code == 2 and "another process is at work on" in err.splitlines()[-1] and err.count("error: ") == 1, err
-    assert contents(tmp_path) == before
-    os.kill(first.running[0].pid, signal.SIGCONT)
     assert first.finish()[0] == 0
     files = contents(tmp_path)
     assert files == {name: (finished[0] / name).read_bytes() for name in files} and len(files) > len(before)
@@ -297,9 +309,12 @@ def test_an_interrupt_while_stage_6_imports(tmp_path):
 def test_a_reader_that_leaves_before_the_end(finished, tmp_path):
     """FAULTS section 4: a pipe that closes before the last line ends the stage with the code of SIGPIPE, silently."""
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
-    for options in (("--run_dir", run_dir, *COMMANDS["05_pairs"], "--overwrite"), ("--help",)):
-        command = [sys.executable, "05_pairs.py", *map(str, options)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stage = ("05_pairs.py", "--run_dir", run_dir, *COMMANDS["05_pairs"], "--overwrite")
+    last_line = ("-c", "import common; common.run_stage(lambda args: print('next: …'), common.RunArgs)")
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for command in (stage, last_line):
+        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": buffered}
+        process = subprocess.Popen([sys.executable, *map(str, command)], **options)
         process.stdout.close()
         err = process.stderr.read()
         assert process.wait(60) == 141 and "Error" not in err and "Traceback" not in err, err
