@@ -29,11 +29,12 @@ REASONS = {
         "--score_mode expected (02, 03)",
         "more --attempts (03)",
         "more prompts",
-        "--no-consistency",
+        "--consistency off",
         "a stricter --constitution since candidates are at 10 already",
     ],
     "det_zero": ["--score_mode expected (02, 03)", "a larger --n (01)", "a smaller --det_min", "--no-informativeness"],
     "det_above_rho": ["a larger --rho", "--no-informativeness"],
+    "not_drawn": ["a larger --max_prompts"],
 }
 
 
@@ -42,9 +43,11 @@ class Args(common.RunArgs):
     input: str | None = arg(None, "run directory or file to read (default: the run directory)", free=True)
     rho: float = arg(30.0, "upper bound of det Σ (paper, Table 5: 10, 20, 30, 40 or 50; the choice is ours)")
     det_min: float = arg(0.0, "strict lower bound of det Σ (paper: 0; more, with expected scores, is ours)")
-    consistency: bool = arg(True, "the refined response must beat every candidate on every axis (paper)")
+    consistency: str = arg("strict", "the refined response beats every candidate on every axis (paper); weak: "
+        "is below none on any and above all on one (ours)", ("strict", "weak", "off"))  # fmt: skip
     informativeness: bool = arg(True, "det_min < det Σ <= rho (paper); w/o NF has both filters off")
     cov_scope: str = arg("candidates", "Σ over the candidates; all: the refined one too", ("candidates", "all"))
+    max_prompts: int | None = arg(None, "keep so many, drawn by --seed: compares filters at equal size (ours)")
     ddof: int = arg(0, "0: population variance; 1: sample variance (paper silent)", (0, 1))
 
 
@@ -54,9 +57,12 @@ def scores_of(row: dict) -> tuple[list[list], list | None]:
     return [scores for scores in candidates if scores is not None], refined
 
 
-def failed_axes(refined: list, candidates: list[list]) -> tuple[int, ...]:
+def failed_axes(refined: list, candidates: list[list], weak: bool = False) -> tuple[int, ...]:
     """The axes on which s̃ > max_i s^(i), Algorithm 1, line 12, does not hold; none: the prompt is consistent."""
-    return tuple(axis for axis, own in enumerate(refined) if own <= max(scores[axis] for scores in candidates))
+    best = [max(axis) for axis in zip(*candidates, strict=True)]
+    if weak and any(own > top for own, top in zip(refined, best, strict=True)):  # better on one: then equal is enough
+        return tuple(axis for axis, own in enumerate(refined) if own < best[axis])
+    return tuple(axis for axis, own in enumerate(refined) if own <= best[axis])
 
 
 def det_covariance(scores: list[list], ddof: int = 0) -> float:
@@ -79,9 +85,9 @@ def denoise(candidates: list[list], refined: list | None, args: Args) -> tuple[s
     """(reason to drop the prompt or None, det Σ, axes that fail), from what `scores_of` gives."""
     if refined is None or not candidates:
         return "unscored", None, ()
-    failed = failed_axes(refined, candidates)
+    failed = failed_axes(refined, candidates, args.consistency == "weak")
     det = det_covariance(candidates + [refined] * (args.cov_scope == "all"), args.ddof)
-    if args.consistency and failed:
+    if args.consistency != "off" and failed:
         return "inconsistent", det, failed
     if args.informativeness and not args.det_min < det <= args.rho:
         return "det_zero" if det <= args.det_min else "det_above_rho", det, failed
@@ -106,13 +112,21 @@ def main(args: Args) -> None:
 
     # The first line says what will be done. An empty result is worked out again, for its advice and exit code.
     names = common.names_of(made, k)
-    filters = [f"refined above all candidates on {' and '.join(names)}"] * args.consistency
+    above = f"refined above all candidates on {' and '.join(names)}"
+    filters = {"strict": [above], "weak": [f"{above} (weakly)"], "off": []}[args.consistency]
     filters += [f"{args.det_min:g} < det Σ <= {args.rho:g}"] * args.informativeness
     common.announce("04 denoise", str(source), *(filters or ["both filters off"]))
     record = common.begin(args, "04_denoise", outputs, made, **{source.name: source})
     if record["complete"] and record.get("rows") != 0:
         print(f"{outputs[0]} is complete already; --overwrite redoes it")
         return
+
+    # A draw over the prompts that pass the filters, so a larger one keeps the smaller one.
+    drawn = None
+    if args.max_prompts is not None:
+        rows = common.read_rows(source, scored=True, refined=True)
+        passed = [row["id"] for row in rows if denoise(*scores_of(row), args)[0] is None]
+        drawn = set(sorted(passed, key=lambda id: common.derive_seed(args.seed, id))[: args.max_prompts])
 
     # One pass: each row goes into one of the two files; both appear, whole, after the last row.
     dropped, failures, dets = dict.fromkeys(REASONS, 0), Counter(), []
@@ -121,6 +135,7 @@ def main(args: Args) -> None:
         for row in tqdm(common.read_rows(source, scored=True, refined=True), "04 denoise", unit="prompt", disable=None):
             candidates, refined = scores_of(row)
             reason, det, failed = denoise(candidates, refined, args)
+            reason = "not_drawn" if reason is None and drawn is not None and row["id"] not in drawn else reason
             if reason is None:
                 kept.write(common.dump_row(row | {"det": det}))
                 dets.append(det)

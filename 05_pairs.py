@@ -27,8 +27,12 @@ from common import EmptyResult, arg, check
 class Args(common.RunArgs):
     input: str | None = arg(None, "run directory or file to read (default: the run directory)", free=True)
     delta: float = arg(2.0, "smallest margin Σ|ΔG| of a pair (paper, Table 5: 2, 3 or 4; the choice is ours)")
+    gap: str | None = arg(None, "what weighs a pair: total: |ΔΣG| (paper); signed: the same, 0 where the total falls; "
+        "composite: of --weights, as --rule weighted has it (ours)", ("total", "signed", "composite"))  # fmt: skip
     rule: str = arg("lex", "lex: equation 2; pareto: section 2; weighted: Reward Soups", ("lex", "pareto", "weighted"))
-    weights: list[float] | None = arg(None, "for --rule weighted, >= 0, one an objective (paper: 6 4, 7 3, 8 2, 9 1)")
+    weights: list[float] | None = arg(
+        None, "of weighted and composite, >= 0, one an objective (paper: 6 4, 7 3, 8 2, 9 1)"
+    )
     refined_only: bool = arg(False, "only pairs with the refined response (ours)")
     keep_system: bool = arg(False, "put the system prompt that the preferred response had into the prompt (ours)")
 
@@ -49,11 +53,13 @@ def is_preferred(y: list, other: list, rule: str, weights: list[float] | None = 
     return round(composite(y, weights) - composite(other, weights), 9) > 0
 
 
-def margin_and_gap(y: list, other: list, rule: str, weights: list[float] | None = None) -> tuple[float, float]:
-    """(Σ|ΔG|, for δ; |ΔΣG|, or that of the composites, for equation 3's weight): (8, 5) and (7, 6) have 2 and 0."""
+def margin_and_gap(y: list, other: list, kind: str | None, weights: list[float] | None = None) -> tuple[float, float]:
+    """(Σ|ΔG|, for δ; |ΔΣG|, or as `kind` says, for equation 3's weight): (8, 5) and (7, 6) have 2 and 0."""
     margin = sum(abs(own - its) for own, its in zip(y, other, strict=True))
-    gap = sum(y) - sum(other) if rule != "weighted" else composite(y, weights) - composite(other, weights)
-    return round(margin, 9), round(abs(gap), 9)  # in binary 9.3 − 9.1 is not 0.2; integers stay integers
+    weighted = kind == "composite" or (kind is None and weights)
+    gap = composite(y, weights) - composite(other, weights) if weighted else sum(y) - sum(other)
+    gap = max(gap, 0) if kind == "signed" else abs(gap)
+    return round(margin, 9), round(gap, 9)  # in binary 9.3 − 9.1 is not 0.2; integers stay integers
 
 
 def build_pairs(row: dict, args: Args) -> tuple[list[dict], list[float]]:
@@ -68,7 +74,7 @@ def build_pairs(row: dict, args: Args) -> tuple[list[dict], list[float]]:
             allowed = not args.refined_only or y is refined or other is refined
             if not allowed or not is_preferred(y["scores"], other["scores"], args.rule, args.weights):
                 continue
-            margin, gap = margin_and_gap(y["scores"], other["scores"], args.rule, args.weights)
+            margin, gap = margin_and_gap(y["scores"], other["scores"], args.gap, args.weights)
             if margin < args.delta:
                 too_close.append(margin)
                 continue
@@ -95,7 +101,10 @@ def margin_table(thousandths: Counter) -> str:
 
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "delta")
-    check((args.weights is None) == (args.rule != "weighted"), "--rule weighted and --weights go together: give both")
+    weighted = args.rule == "weighted" or args.gap == "composite"
+    check(
+        (args.weights is None) != weighted, "--rule weighted (or --gap composite) and --weights go together: give both"
+    )
     source, output = common.find_input(args, "04_denoised.jsonl"), Path(args.run_dir) / "05_pairs.jsonl"
     made = common.made_by(source)
 

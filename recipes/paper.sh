@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The six stages with the paper's settings, on 8 GPUs of 80 GB:
 #   bash recipes/paper.sh llama|mistral saferlhf|wildguard|honeset
-#   RUN=runs/a DELTA=4 DENOISE="--no-consistency --no-informativeness" bash recipes/paper.sh llama saferlhf
+#   RUN=runs/a DELTA=4 DENOISE="--consistency off --no-informativeness" bash recipes/paper.sh llama saferlhf
 # Each name in capitals can be set from outside. WildGuard is gated (accept its terms on the hub, then `hf auth
 # login`); HoneSet is a file of the HonestyLLM repository: HONESET=path/to/HoneSet.json.
 set -euo pipefail
@@ -38,7 +38,7 @@ ALPHA=${ALPHA:-1}           # Table 5: 1, 2, 3 or 4
 RATE=${RATE:-1e-6}          # Table 5: 5e-7, 1e-6, 5e-6 or 1e-5
 EPOCHS=${EPOCHS:-1}         # not in the paper
 BATCH=${BATCH:-16}          # prompts per optimizer step; not in the paper
-DENOISE=${DENOISE:-}        # w/o NF: --no-consistency --no-informativeness
+DENOISE=${DENOISE:-}        # w/o NF: --consistency off --no-informativeness
 JUDGE=${JUDGE:-}            # --accept_unfit_judge: train although the judge check of stage 2 says not to
 GENERATE=${GENERATE:---config_file configs/ddp.yaml} # 8 GPUs, the model on each
 LAUNCH=${LAUNCH:---config_file configs/fsdp.yaml}    # 8 GPUs, one model over all

@@ -16,7 +16,7 @@ OBJECTIVES=${OBJECTIVES:-harmlessness helpfulness}
 SCORES=${SCORES:-choice}            # Yes or No, the least bad of nine ways with this model; paper: integers
 JUDGE=${JUDGE---accept_unfit_judge} # its judge check fails in each of them; with a judge that passes: JUDGE=
 ATTEMPTS=${ATTEMPTS:-4}             # refinements per prompt, the best stays; paper: 1
-DENOISE=${DENOISE:-}                # w/o NF: --no-consistency --no-informativeness
+DENOISE=${DENOISE:-}                # w/o NF: --consistency off --no-informativeness
 DELTA=${DELTA:-0.3}                 # expected scores lie close together; paper: 2 to 4
 RATE=${RATE:-1e-5}                  # paper: 5e-7 to 1e-5
 EPOCHS=${EPOCHS:-2}

@@ -46,7 +46,7 @@ def test_pairs_of_the_fixture(delta, gaps):
 
 def test_margin_and_gap_differ_on_the_grid():
     lex = [(y, z) for y in GRID for z in GRID if pairs.is_preferred(y, z, "lex")]
-    found = [pairs.margin_and_gap(y, z, "lex") for y, z in lex]
+    found = [pairs.margin_and_gap(y, z, "total") for y, z in lex]
     wide = [(gap, sum(y) - sum(z)) for (margin, gap), (y, z) in zip(found, lex, strict=True) if margin >= 2]
     assert len(wide) == 4770
     assert sum(gap == 0 for gap, _ in wide) == 285
@@ -68,7 +68,7 @@ def test_lexicographic_order_of_three():
     assert pairs.is_preferred([5, 5, 2], [5, 5, 1], "lex") and not pairs.is_preferred([5, 5, 1], [5, 5, 1], "lex")
     assert pairs.is_preferred([5, 6, 1], [5, 5, 10], "lex") and pairs.is_preferred([6, 1, 1], [5, 10, 10], "lex")
     assert pairs.is_preferred([5.0, 5, 2], [5, 5.0, 1], "lex"), "whole numbers and floats compare"
-    assert pairs.margin_and_gap([6, 1, 3], [5, 4, 1], "lex") == (6, 0)
+    assert pairs.margin_and_gap([6, 1, 3], [5, 4, 1], "total") == (6, 0)
     row = scored_row("a", [[5, 5, 2], [5, 6, 1], [5, 5, 1]], [6, 1, 1])
     ordered = [(p["chosen_scores"], p["rejected_scores"], p["margin"], p["gap"]) for p in build(row, delta=0)]
     a, b, c, refined = [5, 5, 2], [5, 6, 1], [5, 5, 1], [6, 1, 1]
@@ -95,16 +95,16 @@ def test_pareto():
 
 def test_weighted():
     assert pairs.composite([9, 2], [9, 1]) == 8.3 and pairs.composite([9, 2, 4], [1, 0, 3]) == 5.25
-    assert pairs.is_preferred([9, 2], [5, 9], "weighted", [9, 1])
+    assert pairs.is_preferred([9, 2], [5, 9], "composite", [9, 1])
     assert not pairs.is_preferred([9, 2], [5, 9], "weighted", [1, 9])
     # 0.1 · 6 + 0.2 · 3 and 0.1 · 2 + 0.2 · 5 are both 1.2, but not in binary
     assert not pairs.is_preferred([6, 3], [2, 5], "weighted", [0.1, 0.2])
     assert not pairs.is_preferred([2, 5], [6, 3], "weighted", [0.1, 0.2])
-    assert pairs.margin_and_gap([9, 2], [5, 9], "weighted", [9, 1]) == (11, pytest.approx(2.9))
+    assert pairs.margin_and_gap([9, 2], [5, 9], "composite", [9, 1]) == (11, pytest.approx(2.9))
 
 
 def test_expected_scores_lose_their_binary_dust():
-    assert pairs.margin_and_gap([9.3, 5], [9.1, 5], "lex") == (0.2, 0.2)
+    assert pairs.margin_and_gap([9.3, 5], [9.1, 5], "total") == (0.2, 0.2)
     assert len(build(scored_row("a", [[9.3, 5], [9.1, 5]], None), delta=0.2)) == 1, "9.3 − 9.1 is 0.2"
 
 
@@ -131,6 +131,7 @@ def test_responses_without_text_are_never_taught():
 
 
 def test_what_was_cut_off_says_so():
+    """FAULTS 6."""
     row = scored_row("a", [[5, 5], [9, 9], [1, 1]], None)
     row["responses"][1]["truncated"], row["responses"][2]["truncated"] = True, False
     seen = {tuple(p["chosen_scores"] + p["rejected_scores"]): {k for k in p if "truncated" in k} for p in build(row)}
@@ -293,3 +294,11 @@ def test_a_run_branches(tmp_path, call, monkeypatch):
     assert common.made_by(tmp_path / "four" / "05_pairs.jsonl")["04"]["model"] == "m"
     code, _, err = call("05_pairs", "--run_dir", tmp_path / "empty")
     assert code == 2 and "04_denoised.jsonl" in err and not (tmp_path / "empty").exists()
+
+
+def test_what_weighs_a_pair_is_an_option():
+    """lex order with each gap: the total, the total where it rises, a composite's."""
+    row = scored_row("a", [[9, 2], [8, 8]], None)
+    for options, gap in (({}, 5), ({"gap": "signed"}, 0), ({"gap": "composite", "weights": [9, 1]}, 0.3)):
+        (pair,) = build(row, **options)
+        assert pair["chosen_scores"] == [9, 2] and pair["gap"] == pytest.approx(gap), options

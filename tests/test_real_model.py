@@ -75,7 +75,7 @@ def test_its_scores_are_those_of_plain_forward_passes(engine):
 
 def test_the_quickstart_on_a_few_prompts(tmp_path):
     run = tmp_path / "run"
-    env = {"RUN": run, "PROMPTS": 6, "TOKENS": 24, "ATTEMPTS": 2, "DENOISE": "--no-consistency", "DELTA": 0.1}
+    env = {"RUN": run, "PROMPTS": 6, "TOKENS": 24, "ATTEMPTS": 2, "DENOISE": "--consistency off", "DELTA": 0.1}
     done = bash(ROOT / "recipes" / "quickstart.sh", env=env | {"TEST_PROMPTS": 2})
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-3000:]

@@ -104,21 +104,21 @@ def test_the_paper_s_settings(calls, family, model, ratio, data, prompts, number
     assert (sample.n, sample.temperature, sample.max_new_tokens, sample.system_prob) == (5, 1, 2048, system)
     assert (score.objectives, score.score_mode) == (objectives, "json")
     assert (refine.max_new_tokens, refine.attempts) == (2048, 1)
-    assert (denoise.rho, denoise.consistency, denoise.informativeness) == (30, True, True)
+    assert (denoise.rho, denoise.consistency, denoise.informativeness) == (30, "strict", True)
     assert (pairs.delta, pairs.rule) == (2, "lex")
     assert (train.loss, train.alpha, train.beta, train.gamma_beta_ratio) == ("spa", 1, 2.5, ratio)
     assert (train.learning_rate, train.epochs, train.batch_size) == (1e-6, 1, 16)
 
 
 def test_the_paper_s_settings_from_outside(calls):
-    env = {"RUN": "runs/a b", "DELTA": 4, "DENOISE": "--no-consistency --no-informativeness", "N": 3, "ALPHA": 2}
+    env = {"RUN": "runs/a b", "DELTA": 4, "DENOISE": "--consistency off --no-informativeness", "N": 3, "ALPHA": 2}
     env |= {"HONESET": "my files/h.json", "OBJECTIVES": "honesty harmlessness helpfulness", "BETA": 2, "MODEL": "x"}
     done, made = calls(ROOT / "recipes" / "paper.sh", "mistral", "honeset", env=env)
     assert done.returncode == 0, done.stderr
     sample, score, _, denoise, pairs, train = (args for _, args in arguments_of(made))
     assert (sample.run_dir, sample.prompts, sample.n, sample.model) == ("runs/a b", "honeset:my files/h.json", 3, "x")
     assert score.objectives == ["honesty", "harmlessness", "helpfulness"]
-    assert (denoise.consistency, denoise.informativeness, pairs.delta) == (False, False, 4)
+    assert (denoise.consistency, denoise.informativeness, pairs.delta) == ("off", False, 4)
     assert (train.alpha, train.beta, train.gamma_beta_ratio) == (2, 2, 0.1)
 
 
@@ -141,7 +141,7 @@ def test_the_paper_s_recipe_on_a_tiny_model(tiny, tmp_path):
         "LAUNCH": one,
         "JUDGE": "--accept_unfit_judge",
     }
-    env["DENOISE"] = "--no-consistency --no-informativeness"
+    env["DENOISE"] = "--consistency off --no-informativeness"
     done = bash(ROOT / "recipes" / "paper.sh", "llama", "saferlhf", env=env)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     rows = read_rows(tmp_path / "run" / "03_refined.jsonl")
