@@ -380,16 +380,6 @@ def plain(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 
-def show_setting(run: Run, args: Args) -> dict:
-    arguments = {f"{stage}.py": record.get("args", {}) for stage, record in run.records.items()}
-    arguments |= {f"06_train.py ({stem})": made["args"] for stem, made in run.trainings.items() if stem != "06"}
-    found = [item for record in run.records.values() for item in record.get("versions", {}).items()]
-    versions = list(dict.fromkeys(f"{package} {version}" for package, version in found))
-    without = [f"{stage[:2]}_args.json" for stage, record in run.records.items() if not record]
-    facts = {"versions": versions, "without": without, "model": run.model, "judge": run.judge}
-    return facts | {"definitions": shared.definitions(run.scored_by), "arguments": arguments}
-
-
 def show_funnel(run: Run, args: Args) -> dict:
     lines, answers = funnel(run), run.candidates.values()
     most = max([count for _, count, kind in lines if kind != "other"], default=0) or 1
@@ -545,7 +535,7 @@ def curve(run: Run, name: str) -> dict | None:
                     {"marker": "D", "markersize": 5, "linestyle": "--"} if fixed else {"marker": "o", "markersize": 3}
                 )
                 shape |= {} if len(points) <= 60 else {"marker": ""}
-                label = f"{stem}, {kind}" if len(run.trainings) > 1 else kind
+                label = f"{shared.visible(stem)}, {kind}" if len(run.trainings) > 1 else kind
                 lines.append((points, {"color": colour, "label": label, **shape}))
     if not lines:
         return None
@@ -625,15 +615,16 @@ def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The page.
 
-SECTIONS = {"setting": show_setting, "funnel": show_funnel, "scores": show_scores, "scatter": show_scatter}
-SECTIONS |= {"det": show_det, "pairs": show_pairs, "training": show_training, "prompts": show_prompts}
+SECTIONS = {"funnel": show_funnel, "scores": show_scores, "scatter": show_scatter, "det": show_det}
+SECTIONS |= {"pairs": show_pairs, "training": show_training, "prompts": show_prompts}
 
 
 def build_page(runs: list[Run], test_runs: list[shared.Run], args: Args) -> str:
     """The whole page: the numbers that compare the runs on top, then one part a run."""
     numbers, shown = pd.DataFrame({run.name: key_numbers(run) for run in runs}).fillna("–"), []
     for i, run in enumerate(tqdm(runs, desc="report", unit="run"), 1):
-        shown.append({key: show(run, args) for key, show in SECTIONS.items()} | {"name": run.name, "anchor": f"run{i}"})
+        shown.append({key: show(run, args) for key, show in SECTIONS.items()} | {"of": run, "anchor": f"run{i}"})
+        shown[-1]["definitions"] = shared.definitions(run.scored_by)
     glance = table("Means with 95 % intervals, and counts", ["", *numbers], numbers.itertuples())
     facts = {"tests": show_tests(test_runs, args), "whole": bool(args.ids), "seed": args.seed}
     return shared.render_page(PAGE.name, runs=shown, numbers=glance, plain=plain, scores_of=scores_of, **facts)
