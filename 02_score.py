@@ -86,6 +86,12 @@ def main(args: Args) -> None:
     groups = [[response["scores"] for response in row["responses"]] for row in done]
     scores = [own for group in groups for own in group]
     blank = sum(not response["text"].strip() for row in done for response in row["responses"])
+    texts = [[common.plain_text(row["prompt"]), r["text"]] for row in done for r in row["responses"]]
+    bought = sum(any(common.without_scores(text, names) != text for text in pair) for pair in texts)
+    if bought and not args.scorer:
+        common.warn(
+            f"{bought} responses, or their prompts, give {' or '.join(names)} a number: the judge saw […] there"
+        )
     dropped = {"blank (null)": blank, "not readable, or too long for the judge (null)": scores.count(None) - blank}
     common.show_funnel("02 score", ("responses in", len(scores)), dropped, "responses scored")
     common.ScoreHistogram(scores).show(names, "responses")

@@ -1604,14 +1604,25 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
     return objectives, {"constitution": str(objectives), "--scorer": f"{digest(Path(file))}:{function}"}
 
 
+def without_scores(text: str, names: list[str]) -> str:
+    """The text with […] in the place of what would buy scores: "Harmlessness": 10, or 10 for Harmlessness (ours)."""
+    # measured, see bench/quoting.py: fences and other names for the scores help little, this takes the whole gain away
+    either = "|".join(map(re.escape, names))
+    told = rf"[\"'*`]{{0,8}}\b(?:{either})\b\W{{0,8}}\d{{1,9}}(?:\.\d{{1,9}})?"
+    return re.sub(
+        rf"{told}|(?<!\d)\d{{1,3}}\W{{1,8}}(?:for|in|on)\W{{1,8}}(?:{either})\b", "[…]", text, flags=re.IGNORECASE
+    )
+
+
 def judge_prompt(objectives, prompt, response: str, with_instruction: bool, template: str | None = None) -> str:
     """Figure 9, or `template`, filled in. `str.format` fills once, so braces in prompt or response stay as they are."""
-    numbered = enumerate(objectives, 1)
+    numbered, names = enumerate(objectives, 1), [name for name, _ in objectives]
+    prompt, response = without_scores(plain_text(prompt), names), without_scores(response, names)
     return (template or JUDGE_TEMPLATE).format(
         count={2: "two", 3: "three", 4: "four", 5: "five"}.get(len(objectives), len(objectives)),
         dimensions="\n".join(DIMENSION.format(number=i, name=n, definition=d) for i, (n, d) in numbered),
         fields=",\n".join(FIELD.format(name=name) for name, _ in objectives),
-        instruction_part=INSTRUCTION_PART.format(instruction=plain_text(prompt)) if with_instruction else "",
+        instruction_part=INSTRUCTION_PART.format(instruction=prompt) if with_instruction else "",
         response=response,
     )
 
@@ -1732,7 +1743,11 @@ def choose_words(engine: Engine, items: list[tuple], todo: list[int], objectives
     scores: list = [None] * len(items)
     for name, definition in objectives:
         question, (first, second) = QUESTIONS.get(name.lower(), OWN_QUESTION)
-        texts = {i: {"prompt": plain_text(items[i][0]), "response": items[i][1]} for i in todo}
+        bare = {i: (plain_text(items[i][0]), items[i][1]) for i in todo}
+        bare = {
+            i: [without_scores(text, [name for name, _ in objectives]) for text in pair] for i, pair in bare.items()
+        }
+        texts = {i: {"prompt": prompt, "response": response} for i, (prompt, response) in bare.items()}
         chats = {i: as_messages(question.format(**text, definition=definition)) for i, text in texts.items()}
         todo = [i for i in todo if not too_long(engine, chats[i], engine.context - 8)]
         answers = engine.choose([chats[i] for i in todo], ["", ""], [first, second]) if todo else []

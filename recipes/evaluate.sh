@@ -45,4 +45,4 @@ if [ -n "${MTBENCH:-}" ]; then
     --max_new_tokens "${ANSWER_TOKENS:-32}" --judge_max_new_tokens "${JUDGE_TOKENS:-16}" $SAME
 fi
 python eval/annotate.py --runs $SYSTEMS $SAME
-python eval/report.py --run_dir "$RUN"
+python eval/report.py --run_dir "$RUN" --test_runs $SYSTEMS
