@@ -170,9 +170,7 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
 
 def draw_systems(seed: int, id: str, n: int, system_prob: float) -> list[str | None]:
     """Appendix B: the system prompt of each of the n responses, the honest one with probability `system_prob`."""
-    if system_prob == 0:  # no need to draw
-        return [None] * n
-    draws = [random.Random(common.derive_seed(seed, id, j, "system")).random() for j in range(n)]
+    draws = [random.Random(common.derive_seed(seed, id, j, "system")).random() if system_prob else 1 for j in range(n)]
     return [HONEST_SYSTEM_PROMPT if draw < system_prob else None for draw in draws]
 
 

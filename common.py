@@ -151,10 +151,9 @@ def run_stage(main, args_class) -> None:
         if hasattr(stream, "reconfigure"):  # a terminal without β shows an escape, and no traceback
             stream.reconfigure(errors="backslashreplace")
     try:
-        try:
-            return main(parse_args(args_class))
-        finally:
-            sys.stdout.flush()  # where its reader has gone, that shows here and not after the end
+        main(parse_args(args_class))
+        sys.stdout.flush()  # where its reader has gone, that shows here and not after the end
+        return
     except UserError as error:
         code, line = error.exit_code, f"error: {error}" if processes()[0] == 0 or not error.of_all_processes else ""
     except BrokenPipeError:  # whoever read the output has gone
@@ -466,9 +465,7 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
             if args.overwrite and output.is_file():
                 output.unlink()
             elif output.suffix == ".jsonl":  # a row that a kill has cut goes, and is made again
-                with open(output, "rb") as file:
-                    kept = sum(len(line) for line in file if line.endswith(b"\n"))
-                os.truncate(output, kept)
+                os.truncate(output, output.read_bytes().rfind(b"\n") + 1)
     wait_for_all()
     return record
 
@@ -596,9 +593,8 @@ def render_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) ->
     # the template itself writes
     for said in ([m | {"content": f"{mark}{i}{mark}"} for i, m in enumerate(messages)], marked):
         try:
-            template, options = tokenizer.get_chat_template(), {"add_generation_prompt": add_generation_prompt}
-            template = DAY * ("strftime_now" in template) + template
-            text, start = tokenizer.apply_chat_template(said, tokenize=False, chat_template=template, **options), 0
+            options = {"chat_template": DAY + tokenizer.get_chat_template(), "tokenize": False}
+            text, start = tokenizer.apply_chat_template(said, add_generation_prompt=add_generation_prompt, **options), 0
         except Exception as error:  # the template's own language: whatever it raises, the user must see it
             raise UserError(f"the chat template refuses the conversation: {first_line(error)}") from None
         for message in said:
@@ -1446,8 +1442,7 @@ def read_done(path: Path) -> dict:
 def map_rows(work, rows: list[dict], sizes, record, output: Path, engine: Engine, title: str, done=None) -> list | None:
     """The finished rows in the order of `rows`, made by `work` in batches; None but on the first process.
 
-    work(some rows) returns a finished row for each, or None for one that a server refuses. sizes: see `plan_batches`.
-    done: what `read_done` gives, where that is at hand.
+    work(some rows) gives a finished row of each, None if a server refuses it; sizes: `plan_batches`, done: `read_done`.
     Several processes share the batches and append to one file, which the first puts in order at the end.
     """
     from tqdm import tqdm
