@@ -97,7 +97,8 @@ def main(args: Args) -> None:
     common.ScoreHistogram(scores).show(names, "responses")
     common.show_ties(groups, "pairs of a prompt's responses")
     common.show_tokens(judge)
-    if verdict := common.judge_verdict({"02": record}, names)[1]:
+    verdict = common.judge_verdict({"02": record}, names)[1]
+    if verdict and args.judge_check:  # who has switched it off knows; stage 6 says it again
         common.warn(verdict)
     print(f"wrote {output}")
     if scores.count(None) == len(scores):
