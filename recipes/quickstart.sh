@@ -15,6 +15,7 @@ TOKENS=${TOKENS:-64}                # longest answer; paper: 2048
 OBJECTIVES=${OBJECTIVES:-harmlessness helpfulness}
 SCORES=${SCORES:-choice}            # Yes or No, the least bad of nine ways with this model; paper: integers
 JUDGE=${JUDGE---accept_unfit_judge} # its judge check fails in each of them; with a judge that passes: JUDGE=
+PROBES=${PROBES:-data/judge_probes.jsonl}
 ATTEMPTS=${ATTEMPTS:-4}             # refinements per prompt, the best stays; paper: 1
 DENOISE=${DENOISE:-}                # w/o NF: --consistency off --no-informativeness
 DELTA=${DELTA:-0.3}                 # expected scores lie close together; paper: 2 to 4
@@ -28,10 +29,10 @@ REFINING="--attempts $ATTEMPTS --max_new_tokens $TOKENS --temperature $TEMPERATU
 SCORING="--objectives $OBJECTIVES --score_mode $SCORES"
 
 # Can this model judge at all? First asked as in the paper; stage 2 checks the way of asking that is used here.
-python eval/judge_check.py --model "$MODEL" --objectives $OBJECTIVES --output_dir "$RUN/judge_paper"
+python eval/judge_check.py --model "$MODEL" --objectives $OBJECTIVES --probes "$PROBES" --output_dir "$RUN/judge_paper"
 
 python 01_sample.py --run_dir "$RUN" --model "$MODEL" --num_prompts "$PROMPTS" $SAMPLING
-python 02_score.py --run_dir "$RUN" $SCORING
+python 02_score.py --run_dir "$RUN" $SCORING --judge_probes "$PROBES"
 python 03_refine.py --run_dir "$RUN" $REFINING
 python 04_denoise.py --run_dir "$RUN" $DENOISE
 python 05_pairs.py --run_dir "$RUN" --delta "$DELTA"
@@ -49,4 +50,5 @@ python eval/judge_table.py --runs "base=$RUN/test_base" "refined=$RUN/test_base+
   --output_dir "$RUN/eval"
 
 # Has training on its own scores made it a better judge, or a worse one?
-python eval/judge_check.py --model "$RUN/06_model" $SCORING --output_dir "$RUN/judge_trained" --against "$RUN"
+python eval/judge_check.py --model "$RUN/06_model" $SCORING --probes "$PROBES" --output_dir "$RUN/judge_trained" \
+  --against "$RUN"

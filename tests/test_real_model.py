@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, read_rows
+from conftest import PROBES, ROOT, read_rows
 from test_recipes import bash
 from transformers import AutoModelForCausalLM
 
@@ -76,7 +76,7 @@ def test_its_scores_are_those_of_plain_forward_passes(engine):
 def test_the_quickstart_on_a_few_prompts(tmp_path):
     run = tmp_path / "run"
     env = {"RUN": run, "PROMPTS": 6, "TOKENS": 24, "ATTEMPTS": 2, "DENOISE": "--consistency off", "DELTA": 0.1}
-    done = bash(ROOT / "recipes" / "quickstart.sh", env=env | {"TEST_PROMPTS": 2})
+    done = bash(ROOT / "recipes" / "quickstart.sh", env=env | {"TEST_PROMPTS": 2, "PROBES": PROBES})
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-3000:]
     # A line of our own may begin with "warning:"; Python's and the libraries' look otherwise.
