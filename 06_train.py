@@ -454,7 +454,8 @@ def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rat
     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     ids, finite = ", ".join(str(group["id"]) for group in batch), math.isfinite(sums["loss"]) and math.isfinite(norm)
-    check(finite, f"the loss is not finite; the prompts of this step: {ids}; lower --learning_rate?")
+    kind = accelerator.mixed_precision.replace("no", args.base_dtype)
+    check(finite, f"the loss is not finite in {kind}; the prompts of this step: {ids}; lower --learning_rate?")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -792,7 +793,9 @@ def main(args: Args) -> None:
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
         logps = all_logps(accelerator, model, measured)
-        check(torch.cat(logps).isfinite().all(), "the model's numbers are not finite: lower --learning_rate?")
+        kind = accelerator.mixed_precision.replace("no", args.base_dtype)
+        way_out = f"the model's numbers are not finite in {kind}: lower --learning_rate?"
+        check(torch.cat(logps).isfinite().all(), way_out)
         return total_metrics(measured, logps, args, "eval" if held_out else "train")
 
     # Before training: dpo's frozen reference, and the metrics of the prompts that are measured; or all that as it was.
