@@ -115,6 +115,11 @@ def load_hub(name: str, split: str) -> list[tuple[str, dict]]:
     return [(f"{repository}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
+def key_of(prompt: str | list[dict]) -> str:
+    """The text by which equal prompts are known."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+
+
 def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
     """([{"id", "prompt"}, …] in file order, or in the order of the draw; {reason: how many left out})."""
     # where the rows are: a hub data set, its downloaded file, or any file, of which a 'split' column chooses rows
@@ -142,7 +147,7 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
             dropped["empty"] += 1
             continue
         common.check_prompt(prompt, f"{where}, '{own}'")
-        key = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        key = key_of(prompt)
         if key in prompts:
             dropped["repeated"] += 1
             continue
@@ -153,8 +158,8 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
     # iteration "diff": what an earlier run has sampled is kept out, before anything is drawn
     for earlier in args.exclude or []:
         for row in common.read_rows(Path(earlier) / "01_samples.jsonl"):
-            key = row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
-            dropped["in an earlier run"] = dropped.get("in an earlier run", 0) + (prompts.pop(key, None) is not None)
+            known = prompts.pop(key_of(row["prompt"]), None) is not None
+            dropped["in an earlier run"] = dropped.get("in an earlier run", 0) + known
     prompts = list(prompts.values())
     if name in FILES and test_size:  # a split of our own, the same for every seed and size (ours)
         ordered = sorted(prompts, key=lambda row: common.derive_seed("split", row["prompt"]))

@@ -60,7 +60,8 @@ def main(args: Args) -> None:
     if probes:
         checked = common.check_judge(judge, args, objectives, probes, record, probes_output)
         record["checked"] = common.sum_up_check(checked or [])
-        print(*common.check_lines({"02": record["args"] | record}), sep="\n", flush=True)
+        for line in common.check_lines({"02": common.facts_of(record)}):  # none but on the first of several processes
+            print(line, flush=True)
     read = {True: 0, False: 0}
 
     def score(some: list[dict]) -> list[dict]:
@@ -97,7 +98,7 @@ def main(args: Args) -> None:
     common.ScoreHistogram(scores).show(names, "responses")
     common.show_ties(groups, "pairs of a prompt's responses")
     common.show_tokens(judge)
-    verdict = common.judge_verdict({"02": record}, names)[1]
+    verdict = common.judge_verdict({"02": common.facts_of(record)}, names)[1]
     if verdict and args.judge_check:  # who has switched it off knows; stage 6 says it again
         common.warn(verdict)
     print(f"wrote {output}")

@@ -444,6 +444,11 @@ def total_metrics(groups: list[dict], logps: list[torch.Tensor], args: Args, pre
     return {f"{prefix}/{name}": value.item() for name, value in means.items()}
 
 
+def computed_in(accelerator, args: Args) -> str:
+    """The type that the model computes in: autocast's, or else its weights'."""
+    return accelerator.mixed_precision.replace("no", args.base_dtype)
+
+
 def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rate: float) -> dict[str, float]:
     """One optimizer step on the prompts of `batch`; returns its metrics. UserError if it is not finite."""
     if args.gap_mean == "batch":
@@ -454,7 +459,7 @@ def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rat
     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     ids, finite = ", ".join(str(group["id"]) for group in batch), math.isfinite(sums["loss"]) and math.isfinite(norm)
-    kind = accelerator.mixed_precision.replace("no", args.base_dtype)
+    kind = computed_in(accelerator, args)
     check(finite, f"the loss is not finite in {kind}; the prompts of this step: {ids}; lower --learning_rate?")
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -793,8 +798,7 @@ def main(args: Args) -> None:
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
         logps = all_logps(accelerator, model, measured)
-        kind = accelerator.mixed_precision.replace("no", args.base_dtype)
-        way_out = f"the model's numbers are not finite in {kind}: lower --learning_rate?"
+        way_out = f"the model's numbers are not finite in {computed_in(accelerator, args)}: lower --learning_rate?"
         check(torch.cat(logps).isfinite().all(), way_out)
         return total_metrics(measured, logps, args, "eval" if held_out else "train")
 

@@ -381,8 +381,12 @@ def made_by(path: Path) -> dict[str, dict]:
         warn(f"{path} comes without its stage's NN_args.json: the options alone decide")
         return {}
     check(record.get("complete"), f"{record['stage']}.py has not finished {path}; run it again to go on")
-    checked = {"checked": record["checked"]} if "checked" in record else {}  # stage 2's look at its judge
-    return {**record.get("earlier", {}), record["stage"][:2]: record["args"] | checked}
+    return {**record.get("earlier", {}), record["stage"][:2]: facts_of(record)}
+
+
+def facts_of(record: dict) -> dict:
+    """A stage's arguments, and for stage 2 under "checked" what its look at the judge found."""
+    return record["args"] | ({"checked": record["checked"]} if "checked" in record else {})
 
 
 def inherit(args, made: dict[str, dict], prefer: str, *names: str) -> None:
@@ -1735,15 +1739,13 @@ def judge(engine: Engine, items: list[tuple], args, seeds: list[int], objectives
 
 def choose_words(engine: Engine, items: list[tuple], todo: list[int], objectives) -> list[list | None]:
     """The scores 1 + 9 P(first word) of items[i], i in todo, one question an objective; None for the others."""
-    scores: list = [None] * len(items)
+    scores, names, texts = [None] * len(items), [name for name, _ in objectives], {}
+    for i in todo:
+        prompt, response = items[i]
+        texts[i] = {"prompt": without_scores(plain_text(prompt), names), "response": without_scores(response, names)}
     for name, definition in objectives:
         question, (first, second) = QUESTIONS.get(name.lower(), OWN_QUESTION)
-        bare = {i: (plain_text(items[i][0]), items[i][1]) for i in todo}
-        bare = {
-            i: [without_scores(text, [name for name, _ in objectives]) for text in pair] for i, pair in bare.items()
-        }
-        texts = {i: {"prompt": prompt, "response": response} for i, (prompt, response) in bare.items()}
-        chats = {i: as_messages(question.format(**text, definition=definition)) for i, text in texts.items()}
+        chats = {i: as_messages(question.format(**texts[i], definition=definition)) for i in todo}
         todo = [i for i in todo if not too_long(engine, chats[i], engine.context - 8)]
         answers = engine.choose([chats[i] for i in todo], ["", ""], [first, second]) if todo else []
         read = {i: answer[0].logps[0] for i, answer in zip(todo, answers, strict=True) if answer}
@@ -1769,13 +1771,15 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 def read_probes(path: Path, objectives, split: str | None = "test") -> list[dict]:
     """The probes of a split (None: all) that are about one of the objectives; UserError at a row that is none."""
-    probes, names, keys = [], [name.lower() for name, _ in objectives], ("id", "topic", "objective", "better", "worse")
+    probes, ids, names = [], set(), [name.lower() for name, _ in objectives]
+    keys = ("id", "topic", "objective", "better", "worse")
     for number, line in read_lines(path):
         row, where = parse_json(line, f"{path}, line {number}"), f"{path}, line {number}"
         texts = isinstance(row, dict) and all(isinstance(row.get(key), str) and row[key].strip() for key in keys)
         check(texts, f"{where}: a probe has {', '.join(keys)}, all of them text, and prompt")
         check_prompt(row.get("prompt"), where)
-        check(all(row["id"] != probe["id"] for probe in probes), f"{where}: id {row['id']} is there twice")
+        check(row["id"] not in ids, f"{where}: id {row['id']} is there twice")
+        ids.add(row["id"])
         if row["objective"] in names and split in (None, row.get("split")):
             probes.append(row)
     return probes
@@ -1817,9 +1821,20 @@ def check_judge(engine: Engine, args, objectives, probes: list[dict], record: di
     return map_rows(score, probes, sizes, record, output, engine, "judge check")
 
 
+def is_right(better: float | None, worse: float | None) -> bool:
+    """Whether both scores of a probe were read and the better answer has the higher one."""
+    return better is not None and worse is not None and better > worse
+
+
+def share_with_interval(own: dict) -> str:
+    """What `count_right` gives as text: 77 % [65, 86]."""
+    share = 100 * own["right"] / own["n"] if own["n"] else math.nan
+    return f"{share:.0f} % [{100 * own['low']:.0f}, {100 * own['high']:.0f}]"
+
+
 def count_right(pairs: list[tuple]) -> dict:
     """{"right", "n", "ties", "unread", "low", "high"} of (better, worse) scores; ties and unread ones are not right."""
-    right = sum(better is not None and worse is not None and better > worse for better, worse in pairs)
+    right = sum(is_right(*pair) for pair in pairs)
     low, high = wilson(right, len(pairs))
     ties, unread = sum(a is not None and a == b for a, b in pairs), sum(None in pair for pair in pairs)
     return {"right": right, "n": len(pairs), "ties": ties, "unread": unread, "low": low, "high": high}
@@ -1862,10 +1877,9 @@ def check_lines(made: dict[str, dict]) -> list[str]:
     checked, lines = made.get("02", {}).get("checked"), []
     for name in names_of(made) if checked else ():
         if own := checked.get(name.lower()):
-            share = f"{100 * own['right'] / own['n']:.0f} % [{100 * own['low']:.0f}, {100 * own['high']:.0f}]"
             more = [f"{own[key]} {key}" for key in ("ties", "unread") if own[key]]
             more += [f"blind to: {', '.join(own['blind'])}"] if own["blind"] else []
-            found = f"judge check: {name} {own['right']} of {own['n']} in the right order ({share})"
+            found = f"judge check: {name} {own['right']} of {own['n']} in the right order ({share_with_interval(own)})"
             lines.append(", ".join([found, *more]))
         else:
             lines.append(f"judge check: {name}: no probes")

@@ -37,17 +37,6 @@ class Args(shared.JudgeArgs):
     )
 
 
-def percent(own: dict) -> str:
-    """A share with its interval."""
-    share = 100 * own["right"] / own["n"] if own["n"] else float("nan")
-    return f"{share:.0f} % [{100 * own['low']:.0f}, {100 * own['high']:.0f}]"
-
-
-def is_right(row: dict) -> bool:
-    """Whether the better answer of a probe has the higher score."""
-    return row["better"] is not None and row["worse"] is not None and row["better"] > row["worse"]
-
-
 def by_length(rows: list[dict], probes: dict[str, dict], name: str) -> dict[str, dict]:
     """The counts where the better answer is the shorter one, in words, and where it is not."""
     pairs: dict[str, list] = {"better_is_shorter": [], "better_is_longer": []}
@@ -75,7 +64,10 @@ def read_check(folder: Path) -> dict[str, dict[str, bool]]:
     path = folder / "judge_check.json"
     if (folder / "02_judge_check.jsonl").is_file() and not path.is_file():
         rows = [common.parse_json(line, path.name) for _, line in common.read_lines(folder / "02_judge_check.jsonl")]
-        return {name: {r["id"]: is_right(r) for r in rows if r["objective"] == name} for name in common.CONSTITUTION}
+        return {
+            name: {r["id"]: common.is_right(r["better"], r["worse"]) for r in rows if r["objective"] == name}
+            for name in common.CONSTITUTION
+        }
     check(path.is_file(), f"--against {folder}: no judge_check.json there; make it with this script")
     found = common.parse_json(path.read_text(encoding="utf-8"), str(path))
     check(isinstance(found, dict) and isinstance(found.get("right"), dict), f"{path}: not written by this script")
@@ -113,7 +105,9 @@ def main(args: Args) -> None:
             return
         for name, found in common.sum_up_check(rows).items():
             checked[name] = found | by_length(rows, texts, name)
-            right[name] = {row["id"]: is_right(row) for row in rows if row["objective"] == name}
+            right[name] = {
+                row["id"]: common.is_right(row["better"], row["worse"]) for row in rows if row["objective"] == name
+            }
     common.finish(record, common.count_lines(outputs[0]))
 
     who = shared.judge_name(vars(args))
@@ -125,11 +119,19 @@ def main(args: Args) -> None:
         means = [
             shared.round_half_up(own[key]) if own[key] is not None else "–" for key in ("mean_better", "mean_worse")
         ]
-        lengths = [percent(own["better_is_shorter"]), percent(own["better_is_longer"])]
-        counts = [f"{own['right']} of {own['n']}: {percent(own)}", str(own["ties"]), str(own["unread"])]
+        lengths = [
+            common.share_with_interval(own["better_is_shorter"]),
+            common.share_with_interval(own["better_is_longer"]),
+        ]
+        counts = [
+            f"{own['right']} of {own['n']}: {common.share_with_interval(own)}",
+            str(own["ties"]),
+            str(own["unread"]),
+        ]
         table.append([name, *counts, *means, *lengths, ", ".join(own["blind"]) or "–"])
         topics += [
-            [f"{name}: {topic}", f"{it['right']} of {it['n']}", percent(it)] for topic, it in own["topics"].items()
+            [f"{name}: {topic}", f"{it['right']} of {it['n']}", common.share_with_interval(it)]
+            for topic, it in own["topics"].items()
         ]
     parts = [title, shared.markdown_table(header, table)]
     differ = {name: differences(own, other[name]) for name, own in right.items() if name in other}

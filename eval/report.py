@@ -91,8 +91,7 @@ class Run:
         self.made: dict[str, dict] = {}
         for stage, record in self.records.items():
             if stage != "06_train" and record:
-                checked = {"checked": record["checked"]} if "checked" in record else {}  # stage 2's look at its judge
-                self.made = {**record.get("earlier", {}), **self.made, stage[:2]: record["args"] | checked}
+                self.made = {**record.get("earlier", {}), **self.made, stage[:2]: common.facts_of(record)}
         self.scored_by = next((args for args in reversed(self.made.values()) if args.get("objectives")), {})
         self.judge = shared.judge_name(self.scored_by)  # None where nothing was scored
         self.model = next((args["model"] for args in self.made.values() if args.get("model")), None)

@@ -89,8 +89,10 @@ def main(args: Args) -> None:
         cells = []
         for name in args.objectives:
             it = found[name]
-            share = f"{100 * it['right'] / it['n']:.0f} % [{100 * it['low']:.0f}, {100 * it['high']:.0f}]"
-            cells.append(f"{it['right']} of {it['n']}, {share}" + (f", {it['ties']} ties" if it["ties"] else ""))
+            cells.append(
+                f"{it['right']} of {it['n']}, {common.share_with_interval(it)}"
+                + (f", {it['ties']} ties" if it["ties"] else "")
+            )
         rows.append(f"| {way} | {' | '.join(cells)} |")
     head = f"| way of asking | {' | '.join(args.objectives)} |\n| --- | --- | --- |\n"
     (folder / "weak_judge.md").write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
