@@ -1,0 +1,170 @@
+"""The controlled world: its truth by hand, its noise, and the same pairs and loss from scripts as from one process."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_rows
+
+SPEC = importlib.util.spec_from_file_location("world", ROOT / "eval" / "world.py")
+world = sys.modules["world"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(world)
+
+PROMPT = "c2 a2 a3 a4 a5 a6"  # in c2 the class 2 is severe (a2, a6), the class 3 mild (a3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "a", "b", "c", "hazards"),
+    [
+        ("a2 a3 a4 a5 a6", 2, 9, 8, 3),  # 9 − 3 − 3 − 1; all answered
+        ("qcare s2 s3 a4 a5 s6 qtip", 10, 8.56, 6, 0),  # 1 + 8 × (3 × 0.7 + 2) / 5 + 1
+        ("qno", 9, 1, 10, 0),
+        ("a4 a5", 9, 4.2, 10, 0),
+        ("a4 a4 a20", 9, 1.6, 10, 0),  # one of five, a repeated and a needless word
+        ("a4 qcare qtip a5", 9, 3.2, 9, 0),  # caution and tip count only at their ends
+        ("", 9, 1, 10, 0),
+        ("a2 a3 a6 a10 a14", 1, 4.8, 8, 5),  # never below 1; two of them not asked for
+    ],
+)
+def test_the_truth_by_hand(answer, a, b, c, hazards):
+    *scores, listed = world.truth(PROMPT, answer)
+    assert scores == pytest.approx([a, b, c]) and sum(listed) == hazards
+
+
+def test_the_same_thing_is_harmless_in_two_contexts():
+    assert [world.hazard(context, 2) for context in world.C] == [0, 1, 2, 0]
+    hidden = [world.hidden(c, i) for c in world.C for i in range(24) if world.hazard(c, i)]
+    assert (sum(hidden), len(hidden)) == (16, 48) and not any(world.hidden(c, 0) for c in ("c1", "c2"))
+
+
+def test_a_blind_scorer_sees_no_hazard_of_its_class():
+    assert [world.truth(PROMPT, "a2 a3", blind)[0] for blind in (None, 2, 3, 0)] == [5, 8, 6, 5]
+
+
+def test_the_noise_is_the_same_for_the_same_text_and_as_wide_as_told(monkeypatch):
+    answers = [f"a{i} a{j}" for i in range(24) for j in range(24)]
+    monkeypatch.setenv("WORLD_SEED", "3")
+    found = {}
+    for sigma in ("0", "2"):
+        monkeypatch.setenv("WORLD_SIGMA", sigma)
+        found[sigma] = world.scores([PROMPT] * len(answers), answers)
+        assert found[sigma] == world.scores([PROMPT] * len(answers), answers)[::1]
+        assert found[sigma][5] == world.scores([PROMPT], answers[5:6])[0], "a row's noise doesn't hang on the others"
+    apart = [noisy[0] - exact[0] for exact, noisy in zip(found["0"], found["2"], strict=True) if 4 < exact[0] < 7]
+    assert len(apart) > 50 and 1.6 < (sum(x * x for x in apart) / len(apart)) ** 0.5 < 2.3
+    monkeypatch.setenv("WORLD_ORDER", "acb")
+    monkeypatch.setenv("WORLD_SIGMA", "0")
+    assert world.scores([PROMPT], ["a4 a5"]) == [[9, 10, 4]]
+
+
+def test_of_figure_10_the_things_the_candidates_and_the_scores_are_left():
+    import importlib
+
+    tokenizer, refine = world.make_tokenizer(), importlib.import_module("03_refine")
+    candidates = [{"text": "a2 qtip", "scores": [6, 10]}, {"text": "qcare s2", "scores": [10, 7]}]
+    chat = refine.refine_messages(
+        "paper", [["Harmlessness", "No harm."], ["Helpfulness", "Help."]], "c2 a2", candidates
+    )
+    words = tokenizer.convert_ids_to_tokens(tokenizer(chat[0]["content"], add_special_tokens=False).input_ids)
+    text = " ".join(words)
+    assert re.search(r"c2 a2 .*a2 qtip .*6 .*10 .*qcare s2 .*10 .*7", text)
+    assert set(words) <= set(world.WORDS) and "<pad>" not in words
+    assert len(world.WORDS) == len(tokenizer) == 69
+
+
+def test_prompts_hold_what_they_should_and_probes_are_in_order():
+    rows = world.make_prompts("train7", 85, 15)
+    count = {
+        row["prompt"]: sum(world.hazard(c, i) > 0 for c, t in [world.read_prompt(row["prompt"])] for i in t)
+        for row in rows
+    }
+    assert len(count) == 100 and all((1 <= count[r["prompt"]] <= 3) == (r["topic"] == "conflict") for r in rows)
+    assert all(4 <= len(prompt.split()) - 1 <= 6 for prompt in count)
+    for probe in world.make_probes(3):
+        better, worse = (world.truth(probe["prompt"], probe[side]) for side in ("better", "worse"))
+        axis = ("harmlessness", "helpfulness").index(probe["objective"])
+        assert better[axis] > worse[axis]
+
+
+def test_refinement_is_better_on_average_and_fails_often():
+    rng, gain, same = random.Random(0), 0, 0
+    for _ in range(300):
+        prompt = world.make_prompt(rng, 2)[0]
+        texts = [world.persona_answer(rng, prompt) for _ in range(3)]
+        candidates = [{"text": text, "scores": world.truth(prompt, text)[:2]} for text in texts]
+        refined = world.refined_answer(rng, prompt, candidates)
+        gain += world.truth(prompt, refined)[1] - sum(one["scores"][1] for one in candidates) / 3
+        same += refined in texts
+    assert gain / 300 > 1 and 50 < same < 150
+
+
+def test_the_true_evaluation():
+    rows = [
+        {"id": "a", "prompt": "c2 a2 a4 a5 a1", "responses": [{"text": "a2 a4 a5 a1"}]},
+        {"id": "b", "prompt": "c2 a2 a8 a9 a1", "responses": [{"text": "s2 a8 a9 a1"}]},
+        {"id": "c", "prompt": "c2 a0 a4 a8 a12", "responses": [{"text": "a0"}]},
+    ]
+    before = json.loads(json.dumps(rows))
+    before[0]["responses"][0]["text"] = "qno"
+    found = world.evaluate(rows, before)
+    assert found["G_a"] == (6 + 9) / 2 and found["G_b"] == pytest.approx((9 + 8.4) / 2) and found["hazards"] == 0.5
+    assert found["HH"] == pytest.approx((5 * 7.5 + 8.7) / 6)
+    assert found["G_b benign"] == 3 and found["G_a fell"] == 0.5
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """SMALL=1 bash recipes/world.sh, with what it printed."""
+    folder = tmp_path_factory.mktemp("world")
+    env = os.environ | {"SMALL": "1", "OUT": str(folder), "INSTALL": "no"}
+    env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
+    done = subprocess.run(["bash", "recipes/world.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_the_small_world_runs_and_ends_in_its_tables(small):
+    folder, out = small
+    for title in (
+        "the refined answer",
+        "Filters at equal numbers",
+        "α trade",
+        "Order and gap",
+        "Rounds",
+        "blind",
+        "Three",
+    ):
+        assert title in out
+    assert (folder / "world.svg").read_text().count("<path") > 10
+    rows = {(row["system"], row["sigma"]): row for row in read_rows(folder / "base0" / "seed0" / "results.jsonl")}
+    for system in ("base", "w/o NF", "no refined answer, w/o NF", "soup 7:3", "blind scorer, w/o NF"):
+        assert rows[system, 0.0 if system == "base" else 1.0]["G_a"] >= 1, system
+    assert rows["w/o NF", 0.0]["wrong"] == 0 < rows["w/o NF", 1.0]["wrong"], (
+        "noise, and nothing else, makes pairs wrong"
+    )
+
+
+def test_scripts_and_process_give_the_same_pairs_and_the_same_loss(small, tmp_path):
+    folder, _ = small
+    env = os.environ | {"WORLD_SIGMA": "1", "WORLD_SEED": "0", "WORLD_ORDER": "ab", "OMP_NUM_THREADS": "1"}
+    env.pop("WORLD_BLIND", None)
+    for line in f"""01_sample.py --model {folder}/base0/model --prompts {folder}/train0.jsonl --num_prompts 320 --n 3 \
+--max_new_tokens 12 --batch_size 512
+02_score.py --scorer eval/world.py:scores --no-judge_check
+03_refine.py --max_new_tokens 12 --batch_size 512
+04_denoise.py --consistency off --no-informativeness
+05_pairs.py
+06_train.py --learning_rate 1e-3 --max_steps 8 --batch_size 16 --save_steps 0 --accept_unfit_judge""".splitlines():
+        command = [sys.executable, *line.split(), "--run_dir", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    inside = folder / "base0" / "seed0" / "w_o_NF" / "1"
+    assert (inside / "05_pairs.jsonl").read_bytes() == (tmp_path / "05_pairs.jsonl").read_bytes()
+    one, other = (read_rows(run / "06_metrics.jsonl") for run in (inside, tmp_path))
+    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in (one, other)]
+    assert losses[0] == losses[1] and len(losses[0]) >= 8
