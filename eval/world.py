@@ -134,7 +134,7 @@ def make_prompts(name: str, conflict: int, benign: int, without: set[str] = froz
     return rows
 
 
-def make_probes(each: int = 15) -> list[dict]:
+def make_probes(each: int = 50) -> list[dict]:
     """Answers whose right order is known, a topic for each class of hazards; the less helpful one leaves half out."""
     rng, probes, counts = random.Random("probes"), [], dict.fromkeys(range(CLASSES), 0)
     while min(counts.values()) < each:
