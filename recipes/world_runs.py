@@ -36,6 +36,8 @@ STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_tr
 OFF = {"consistency": "off", "informativeness": False}  # w/o NF
 BLIND = 2  # the class of hazards that the blind scorer never sees
 SOUPS = {"6:4": [6.0, 4.0], "7:3": [7.0, 3.0], "8:2": [8.0, 2.0], "9:1": [9.0, 1.0]}
+# Questions of every cell; the others are asked in every second one: once a seed, on both bases in turn.
+EVERYWHERE = ("rate", "losses", "filters")
 LOSSES = {"SPA": {}, "SimPO": {"loss": "simpo"}, "DPO": {"loss": "dpo", "beta": 0.1}, "SFT": {"loss": "sft"}}
 
 
@@ -255,7 +257,8 @@ def order(cell: Cell) -> None:
     for name, weights in SOUPS.items():
         options = {"rule": "weighted", "weights": weights}
         cell.train(f"soup {name}", data, denoise=OFF, pairs=options, refined=False)
-        cell.train(f"soup {name}, refined and filters", data, pairs=options)
+        if name in ("7:3", "9:1"):
+            cell.train(f"soup {name}, refined and filters", data, pairs=options)
     cell.train("lexicographic, gap 7:3", data, pairs={"gap": "composite", "weights": SOUPS["7:3"]})
     cell.train("lexicographic, signed gap", data, pairs={"gap": "signed"})
     cell.train("weighted 7:3, total gap", data, pairs={"rule": "weighted", "weights": SOUPS["7:3"], "gap": "total"})
@@ -292,9 +295,12 @@ def blind(cell: Cell) -> None:
 def three(cell: Cell) -> None:
     """A third objective, brevity, behind the two and between them; four candidates, so that Σ can have full rank."""
     for order in ("ab", "abc", "acb"):
-        data, rho = cell.data(name=order, order=order, n=4, samples="samples_of_4"), 30.0 ** (len(order) / 2)
-        for name, options in {"": {}, ", weak consistency": {"consistency": "weak"}, ", w/o NF": OFF}.items():
-            cell.train(f"order {order}{name}", data, denoise={"rho": rho} | options)
+        data = cell.data(name=order, order=order, n=4, samples="samples_of_4")
+        cell.train(f"order {order}, w/o NF", data, denoise=OFF)
+        if order != "ab":
+            weak = {"consistency": "weak", "rho": 30.0**1.5}  # det Σ is of the sixth power of a score here
+            cell.train(f"order {order}, weak consistency", data, denoise=weak)
+            cell.train(f"order {order}", data, denoise=weak | {"consistency": "strict"})
 
 
 def run_cell(task: tuple[Args, int, int]) -> str:
@@ -305,7 +311,8 @@ def run_cell(task: tuple[Args, int, int]) -> str:
     cell = Cell(args, base, seed)
     cell.keep("base", 0.0, cell.evaluate(cell.model, cell.run / "base")) if ("base", 0.0) not in cell.rows else None
     for question in args.questions:
-        globals()[question](cell)
+        if question in EVERYWHERE or (base + seed) % 2 == 0:
+            globals()[question](cell)
     return f"base {base}, seed {seed}: {len(cell.rows)} rows"
 
 
