@@ -14,7 +14,7 @@ if [ -n "${SMALL:-}" ]; then
 fi
 BASES=${BASES:-0 1}
 SEEDS=${SEEDS:-0 1 2 3 4}
-QUESTIONS=${QUESTIONS:-losses filters alpha order rounds blind three}
+QUESTIONS=${QUESTIONS:-losses path filters alpha order rounds blind three}
 SIGMAS=${SIGMAS:-0 1 2 3}
 STEPS=${STEPS:-2500}      # of a base
 TRAIN=${TRAIN:-2000}      # prompts a seed, of which the filters keep about 100

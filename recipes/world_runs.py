@@ -218,15 +218,20 @@ def rate(cell: Cell) -> None:
 
 
 def losses(cell: Cell) -> None:
-    """The four losses on the same pairs, at equal steps and along them; without the refined answer."""
+    """The four losses on the same pairs, at equal steps; without the refined answer."""
     data = cell.data()
     for name, loss in LOSSES.items():
         cell.train(name, data, **loss)
-        for steps in (cell.args.steps // 4, cell.args.steps * 2):
-            cell.train(f"{name}, {steps} steps", data, max_steps=steps, **loss)
     cell.train("no refined answer", data, refined=False)
     cell.train("no refined answer, w/o NF", data, denoise=OFF, refined=False)
     cell.train("refined pairs only", data, pairs={"refined_only": True})
+
+
+def path(cell: Cell) -> None:
+    """The four losses after a quarter and after twice as many steps."""
+    for name, loss in LOSSES.items():
+        for steps in (cell.args.steps // 4, cell.args.steps * 2):
+            cell.train(f"{name}, {steps} steps", cell.data(), max_steps=steps, **loss)
 
 
 def filters(cell: Cell) -> None:
