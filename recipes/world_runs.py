@@ -46,11 +46,11 @@ class Args:
     bases: list[int] = arg((0, 1), "numbers of the bases")
     seeds: list[int] = arg((0, 1, 2, 3, 4), "seeds of prompts, samples and noise")
     questions: list[str] = arg(
-        ("losses", "filters", "alpha", "order", "rounds", "blind", "three"),
+        ("losses", "path", "filters", "alpha", "order", "rounds", "blind", "three"),
         "which of them; rate: the choice before them",
     )
     sigmas: list[float] = arg((0.0, 1.0, 2.0, 3.0), "noise of the scores, for the filters")
-    num_prompts: int = arg(800, "training prompts a seed")
+    num_prompts: int = arg(2000, "training prompts a seed")
     rounds: int = arg(4, "iterations")
     learning_rate: float = arg(3e-4, "chosen on SimPO alone, sigma 0, another base and seed: recipes/RESULTS.md")
     steps: int = arg(60, "optimizer steps of every system, of 16 prompts each")
