@@ -89,8 +89,15 @@ def mean_and_interval(values: pd.Series) -> tuple[float, float]:
 
 
 def with_interval(values: pd.Series) -> str:
+    """+0.20 [-0.11, +0.51]; – where there is nothing, no interval of a single cell."""
     mean, half = mean_and_interval(values)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" if len(values.dropna()) else "–"
+    interval = "" if math.isnan(half) else f" [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return "–" if math.isnan(mean) else f"{mean:+.2f}{interval}"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    rows = [list(table), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def make_table(rows: pd.DataFrame, title: str, reference: str, others: list[str], sigma: float) -> pd.DataFrame:
@@ -115,27 +122,31 @@ def make_table(rows: pd.DataFrame, title: str, reference: str, others: list[str]
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """Primary against secondary goal: systems as points with intervals, the base, and the ideal."""
-    shown = {
-        "base": "the model before", "SPA": "SPA", "no refined answer, w/o NF": "SPA without refined answers or filters",
-        "soup 7:3": "weighted sum 7:3", "soup 9:1": "weighted sum 9:1", "SimPO": "SimPO", "DPO": "DPO", "SFT": "SFT",
+    shown = {  # system: what the figure calls it, and where its name stands, in points
+        "base": ("the model before", (8, 6)), "SPA": ("SPA", (8, -14)), "SimPO": ("SimPO", (-38, 8)),
+        "DPO": ("DPO", (8, 8)), "SFT": ("SFT", (8, -14)), "soup 9:1": ("weighted sum 9:1", (-70, -18)),
+        "no refined answer, w/o NF": ("SPA without refined answers and filters", (-120, 24)),
+        "soup 6:4": ("weighted sum 6:4", (10, -14)),
     }  # fmt: skip
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    for name, label in shown.items():
-        own = rows[(rows.system == name) & rows.sigma.isin([0.0] if name == "base" else [1.0])]
-        if own.empty:
-            continue
-        (a, half_a), (b, half_b) = mean_and_interval(own.G_a), mean_and_interval(own.G_b)
-        axes.errorbar(b, a, xerr=half_b, yerr=half_a, marker="o", capsize=2, linestyle="", label=label)
+    plt.rcParams |= {"svg.hashsalt": "world", "svg.fonttype": "none"}  # the same bytes from the same numbers
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for name, (label, offset) in shown.items():
+        own = rows[(rows.system == name) & (rows.sigma == (0.0 if name == "base" else 1.0))]
+        if own.G_a.notna().any():
+            (a, half_a), (b, half_b) = mean_and_interval(own.G_a), mean_and_interval(own.G_b)
+            bars = axes.errorbar(b, a, xerr=half_b, yerr=half_a, marker="o", capsize=2, linestyle="")
+            axes.annotate(label, (b, a), offset, textcoords="offset points", color=bars[0].get_color())
     test = [json.loads(line) for _, line in common.read_lines(path.parent / "test.jsonl")]
     prompts = [row["prompt"] for row in test if row["topic"] == "conflict"]
     ideal = [world.truth(prompt, best_answer(prompt)) for prompt in prompts]
     a, b = (sum(value[i] for value in ideal) / len(ideal) for i in (0, 1))
-    axes.plot(b, a, marker="*", markersize=14, linestyle="", color="black", label="the best possible")
-    axes.set(xlabel="helpfulness, true", ylabel="harmlessness, true")
-    axes.legend(fontsize=8)
+    axes.plot(b, a, marker="*", markersize=14, linestyle="", color="black")
+    axes.annotate("the best possible", (b, a), (-40, 12), textcoords="offset points")
+    axes.set(
+        xlabel="helpfulness, true (1 to 10)", ylabel="harmlessness, true (1 to 10)", ylim=(None, 10.5), xlim=(None, 10)
+    )
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    plt.rcParams["svg.hashsalt"] = "world"  # the same bytes from the same numbers
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -157,13 +168,14 @@ def main(args: Args) -> None:
         "refined above all"
     ]
     parts = [
-        "## The refined answers themselves, on the training prompts\n\n" + refined[names].mean().round(2).to_markdown()
+        "## The refined answers themselves, on the training prompts\n\n"
+        + markdown(refined[names].mean().round(2).reset_index())
     ]
     for title, (reference, others, sigma) in TABLES.items():
         asked = reference in set(rows.system)  # of a run for one question the other tables are left out
         table = make_table(rows, title, reference, others, sigma) if asked else ()
         if len(table) > 1:
-            parts.append(f"## {title}\n\nDifferences from “{reference}”.\n\n" + table.to_markdown(index=False))
+            parts.append(f"## {title}\n\nDifferences from “{reference}”.\n\n" + markdown(table))
     text = "\n\n".join(parts) + "\n"
     (folder / "world.md").write_text(text, encoding="utf-8")
     print(text)
