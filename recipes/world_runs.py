@@ -244,7 +244,7 @@ def filters(cell: Cell) -> None:
         for name, kind in (kinds | {"w/o NF": OFF}).items() if least else ():
             if rows[name]["prompts"] > least:
                 cell.train(f"{name}, equal", data, sigma, kind | {"max_prompts": least})
-            else:
+            elif (f"{name}, equal", sigma) not in cell.rows:  # it has no more than that
                 cell.keep(
                     f"{name}, equal", sigma, {k: v for k, v in rows[name].items() if k not in ("system", "sigma")}
                 )
