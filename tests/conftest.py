@@ -46,8 +46,6 @@ TEMPLATES = {
     "no_end": CHATML.replace("<|im_end|>", "|"),
     "default_system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
     "{% endif %}" + CHATML,
-    # opens a thought that the answered conversation does not have, as some thinking models' templates do
-    "not_a_prefix": CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"),
     "ten_is_one": CHATML,
     "long": CHATML,  # with a context of 4,096
 }
@@ -200,6 +198,31 @@ def call(monkeypatch, capsys):
         common._LOCKS.clear()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def ok(call):
+    """ok("01_sample", "--n", 3, …) runs a stage that ends well: (stdout, stderr)."""
+
+    def run(*arguments) -> tuple[str, str]:
+        code, out, err = call(*arguments)
+        assert code == 0, err
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def fails(call):
+    """fails(words, "01_sample", "--n", 3, …) runs a stage that ends in one line that says `words`: (stdout, stderr)."""
+
+    def run(words: str, *arguments, code=2) -> tuple[str, str]:
+        found, out, err = call(*arguments)
+        assert found == code and words in err and err.count("error: ") == 1 and "Traceback" not in err, err
+        assert err.splitlines()[-1].startswith(f"{arguments[0]}.py: error: ")
+        return out, err
 
     return run
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate import disk_offload
 from conftest import CHAT, CHATML, FAMILIES, make_kind, make_model, make_tokenizer, read_rows, refused, write_rows
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache, MambaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import TemperatureLogitsWarper as Temperature
 from transformers import TopPLogitsWarper as TopP
 
@@ -115,24 +116,6 @@ def test_files_that_are_wrong_are_one_line(tmp_path, text, words):
         list(common.read_rows(path))
 
 
-def test_rows_may_have_any_number_of_objectives_but_one_file_one_number(tmp_path):
-    three = {"text": "y", "scores": [5, 6, 7.5]}
-    write_rows(tmp_path / "x.jsonl", [ROW | {"responses": [{"text": "n", "scores": None}, three]}])
-    assert next(common.read_rows(tmp_path / "x.jsonl", scored=True))["responses"][1] == three
-    write_rows(tmp_path / "x.jsonl", [ROW | {"responses": [three]}, ROW | {"id": 1}])
-    with refused("'scores' must be 3 numbers"):
-        list(common.read_rows(tmp_path / "x.jsonl", scored=True))
-
-
-def test_a_file_cut_at_a_row_s_end_is_noticed(tmp_path):
-    """FAULTS 39: half of the rows, each whole, is not what the stage wrote."""
-    write_rows(tmp_path / "02_scores.jsonl", [ROW])
-    record = {"stage": "02_score", "args": {}, "complete": True, "rows": 2, "output": "02_scores.jsonl"}
-    (tmp_path / "02_args.json").write_text(json.dumps(record))
-    with refused("has 1 rows, but its stage wrote 2"):
-        list(common.read_rows(tmp_path / "02_scores.jsonl"))
-
-
 def test_prompts_as_messages_and_as_text():
     assert common.as_messages("x") == [{"role": "user", "content": "x"}]
     assert common.as_messages("x", "s") == [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}]
@@ -141,15 +124,6 @@ def test_prompts_as_messages_and_as_text():
     assert merged[0] == {"role": "system", "content": "Be honest.\n\nBe brief."} and merged[1:] == CHAT[1:]
     assert common.plain_text("x") == "x" == common.plain_text([{"role": "user", "content": "x"}])
     assert common.plain_text(CHAT) == "System: Be brief.\n\nUser: One?\n\nAssistant: Two.\n\nUser: Three?"
-
-
-def test_replace_file_keeps_the_old_one_on_failure(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), common.replace_file(path) as file:
-        file.write("new")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------ runs
@@ -179,10 +153,11 @@ def begin():
 
 
 def test_a_run_is_incomplete_until_it_is_finished_and_then_done(tmp_path, begin):
-    record = begin(tmp_path)
+    begin(tmp_path, n=4)
+    record = begin(tmp_path)  # where nothing is made yet nothing can differ
     assert not record["complete"] and not common.read_record(tmp_path / "01_args.json")["complete"]
     output = write_rows(tmp_path / "01_samples.jsonl", [ROW, ROW])
-    assert not begin(tmp_path)["complete"], "not said to be finished"
+    assert not begin(tmp_path, memory=9)["complete"], "not said to be finished; what is free may differ"
     common.finish(record, 2, note="kept")
     again = begin(tmp_path)
     assert again["complete"] and again["note"] == "kept"
@@ -190,37 +165,6 @@ def test_a_run_is_incomplete_until_it_is_finished_and_then_done(tmp_path, begin)
     assert not begin(tmp_path)["complete"], "a row is missing: goes on"
     output.unlink()
     assert not begin(tmp_path)["complete"], "its file is gone: goes on"
-
-
-def test_what_a_kill_has_cut_goes(tmp_path, begin):
-    """FAULTS 35: cut at the last newline in bytes, also inside a character."""
-    begin(tmp_path)
-    whole = '{"id": "a", "prompt": "é"}\n'.encode()
-    for cut in (b"", b'{"id"', whole[:-4], '{"id": "b", "prompt": "二'.encode()[:-1]):
-        (tmp_path / "01_samples.jsonl").write_bytes(whole + cut)
-        begin(tmp_path)
-        assert (tmp_path / "01_samples.jsonl").read_bytes() == whole
-
-
-def test_other_arguments_or_inputs_are_refused_and_free_ones_are_not(tmp_path, begin):
-    source = tmp_path / "prompts.txt"
-    source.write_text("one")
-    begin(tmp_path, inputs={"source": source})
-    assert begin(tmp_path, inputs={"source": source}, n=4)["args"]["n"] == 4, "nothing is made yet"
-    begin(tmp_path, inputs={"source": source})
-    write_rows(tmp_path / "01_samples.jsonl", [ROW])
-    cases = [({"n": 3}, "made with --n 5, not 3; choose another directory, or pass --overwrite"),
-             ({"seed": 1}, "made with --seed 0, not 1")]  # fmt: skip
-    for options, words in cases:
-        with refused(words):
-            begin(tmp_path, inputs={"source": source}, **options)
-    assert begin(tmp_path, inputs={"source": source}, memory=9)
-    source.write_text("two")
-    with refused("source is another than when 01_sample.py ran"):
-        begin(tmp_path, inputs={"source": source})
-    assert not begin(tmp_path, inputs={"source": source}, n=3, overwrite=True)["complete"]
-    assert not (tmp_path / "01_samples.jsonl").exists()
-    assert common.read_record(tmp_path / "01_args.json")["args"]["n"] == 3
 
 
 def test_a_model_is_what_is_in_its_folder(tmp_path, begin):
@@ -352,25 +296,29 @@ TURN = turns("m['content']")
         ("{{ raise_exception('no system role') }}", "refuses the conversation: no system role"),
         ("{{ nowhere.at.all }}", "the chat template refuses the conversation"),
         ("", "drops or changes the system's text"),
+        (turns("m['role']"), "short"),  # the texts are then s, e, s, e
+        ("a user says: sesame", "short"),
+        ("{% set messages = messages[:1] %}" + TURN, "short"),
     ],
 )  # fmt: skip
 def test_a_template_that_loses_what_is_said_is_refused(template, words):
-    """FAULTS 7: each message's text stands in the rendering, in order."""
-    tokenizer = make_tokenizer("plain")
+    """FAULTS 7: each message's text stands in the rendering, in order; short ones not in the template's own words."""
+    tokenizer, texts = make_tokenizer("plain"), ["Be brief.", "One?", "Two.", 'Is <b> & "c"\n</think> right, and more?']
     tokenizer.chat_template = template or " "
-    said = [dict(turn) for turn in CHAT]
-    said[-1]["content"] = 'Is <b> & "c"\n</think> right, and what is more?'
+    if words == "short":
+        texts, words = "sese", "drops or changes"
     with refused(words):
-        common.encode_chat(tokenizer, said)
+        common.encode_chat(tokenizer, [turn | {"content": text} for turn, text in zip(CHAT, texts, strict=True)])
 
 
 REFUSED = {"system refused": ("system", "chat"), "system before the last": ("chat",), "thought rewritten": ("thought",)}
 REFUSED |= {"thought opened": ("thought",), "parts only": ("question", "system", "chat", "thought")}
+DAYS = {11: "26 Jul 2024", 10: "2024-07-26"}  # of a template that writes the date: tomorrow's bytes are today's
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_templates_in_most_use(family):
-    """FAULTS 7: what is asked is what the model's own template writes, with every text in it; else one line."""
+    """FAULTS 7 and section 4: what is asked is what the model's own template writes, with every text; else one line."""
     tokenizer = make_tokenizer("bos")
     tokenizer.chat_template = FAMILIES[family]
     thought = [CHAT[1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTwo."}, CHAT[3]]
@@ -383,38 +331,12 @@ def test_the_templates_in_most_use(family):
             assert tokens.count("<s>") == text.count("<s>"), "one BOS where the template has one, else none"
 
 
-DAYS = {11: "26 Jul 2024", 10: "2024-07-26"}  # tomorrow's bytes are today's
-
-
-ONLY_FIRST = "{% set messages = messages[:1] %}" + TURN
-
-
-@pytest.mark.parametrize("template", [turns("m['role']"), "a user says: sesame", ONLY_FIRST])
-def test_a_short_text_is_not_found_in_the_template_s_own_words(template):
-    """FAULTS 7."""
-    tokenizer = make_tokenizer("plain")
-    tokenizer.chat_template = template
-    texts = {"system": "s", "user": "e", "assistant": "s"}
-    with refused("drops or changes"):
-        common.encode_chat(tokenizer, [message | {"content": texts[message["role"]]} for message in CHAT])
-
-
 def test_a_template_may_trim_and_turns_stay_in_order():
     tokenizer = make_tokenizer("plain")
     tokenizer.chat_template = turns("m['content'] | trim")
     messages = [*common.as_messages(CHAT[:-1]), {"role": "user", "content": "\n One? \n"}]
     text = "".join(text for text, _ in common.render_chat(tokenizer, messages, False))
     assert text.count("One?") == 2 and "<|im_start|>user\nOne?<|im_end|>" in text
-
-
-@pytest.mark.parametrize(("form", "day"), [("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26")])
-def test_a_template_that_writes_the_date_gives_the_same_bytes_tomorrow(form, day):
-    """FAULTS section 4."""
-    tokenizer = make_tokenizer("plain")
-    today = "\n{% if strftime_now is defined %}Today: {{ strftime_now('FORM') }}{% endif %}|\n"
-    tokenizer.chat_template = today.replace("FORM", form) + TURN
-    text = "".join(text for text, _ in common.render_chat(tokenizer, CHAT, False))
-    assert text.startswith(f"\nToday: {day}|\n<|im_start|>system\nBe brief.")
 
 
 def test_what_ends_an_answer():
@@ -434,14 +356,6 @@ def test_what_ends_an_answer():
         assert common.end_token_ids(tokenizer, model) == sorted({0, end})
 
 
-def damage(folder, tmp_path, edit):
-    """A copy of a saved model, its weights changed by `edit(weights)`."""
-    copy = shutil.copytree(folder, tmp_path / "damaged")
-    weights = load_file(copy / "model.safetensors")
-    save_file(edit(weights), copy / "model.safetensors", {"format": "pt"})
-    return str(copy)
-
-
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
@@ -453,8 +367,10 @@ def damage(folder, tmp_path, edit):
 )
 def test_missing_and_mismatched_weights_are_refused(tiny, tmp_path, edit, words):
     """FAULTS 1: they would be random."""
+    folder = shutil.copytree(tiny(), tmp_path / "damaged")
+    save_file(edit(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
     with refused(words):
-        common.load_model(damage(tiny(), tmp_path, edit))
+        common.load_model(str(folder))
 
 
 def test_weights_that_nothing_takes_are_warned_of(tiny, tmp_path, capsys):
@@ -473,16 +389,7 @@ def test_weights_that_nothing_takes_are_warned_of(tiny, tmp_path, capsys):
     assert "weights are 0 throughout: a damaged file?, such as" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"\0" * 999])
-def test_damaged_weight_files_are_one_line(tiny, tmp_path, content):
-    """FAULTS section 4."""
-    folder = shutil.copytree(tiny(), tmp_path / "model")
-    (folder / "model.safetensors").write_bytes(content)
-    with refused("can't be loaded"):
-        common.load_model(str(folder))
-
-
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"model": {"type": "Newer"}}', b"version https://git-lfs"])
 def test_damaged_model_folders_are_one_line(tiny, tmp_path, file, content):
     """FAULTS section 4: cut files, a Git LFS pointer, a newer tokenizer.json."""
@@ -494,10 +401,6 @@ def test_damaged_model_folders_are_one_line(tiny, tmp_path, file, content):
         assert str(folder) in str(error) and "\n" not in str(error)
     else:
         assert file == "tokenizer_config.json", "a tokenizer without its settings is one"
-
-
-def test_a_model_without_attention_has_room_too():
-    assert common.tokens_in_memory(MambaConfig(hidden_size=64, num_hidden_layers=2)) > 1000
 
 
 @pytest.mark.parametrize(
@@ -548,15 +451,36 @@ def test_tied_heads_and_reduced_types_load(tiny, tmp_path):
     assert common.load_model(str(tmp_path), "bfloat16").dtype == torch.bfloat16
 
 
-def test_the_context_of_composite_configs():
-    """FAULTS 21: the text model's, not a default of the whole."""
-    text = {"max_position_embeddings": 777, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
-    for kind in ("gemma3", "mistral3", "llama4", "qwen3_5"):
-        config = CONFIG_MAPPING[kind]()
-        for name, value in text.items():
-            setattr(config.get_text_config(), name, value)
-        assert common.context_length(config) == 777, kind
-    assert common.context_length(make_model(9, context=55).config) == 55
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "llama4", "qwen3_5"])
+def test_the_context_and_the_type_of_composite_configs(tmp_path, monkeypatch, kind):
+    """FAULTS 5 and 21: the text model's context, not a default of the whole; the type may stand in the whole alone."""
+    sizes = {"max_position_embeddings": 777, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    config, asked = CONFIG_MAPPING[kind](), {}
+    saved = config.to_dict() | {"dtype": "bfloat16"}
+    saved["text_config"].pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for name, value in sizes.items():
+        setattr(config.get_text_config(), name, value)
+    assert common.context_length(config) == 777 and common.context_length(make_model(9, context=55).config) == 55
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    original = common._from_pretrained
+
+    def load(auto_class, name, **options):
+        asked.update(options)
+        return original(auto_class, name) if auto_class == "AutoConfig" else common.check(False, "far enough")
+
+    monkeypatch.setattr(common, "_from_pretrained", load)
+    with refused("far enough"):
+        common.load_model(str(tmp_path))
+    assert asked["dtype"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_on_a_gpu_a_folder_is_read_in_its_own_type(tiny, tmp_path, monkeypatch, saved):
+    """FAULTS 5: a trained folder is float32, and in bfloat16 would be nearly its base."""
+    AutoModelForCausalLM.from_pretrained(tiny()).to(getattr(torch, saved)).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert common.load_model(str(tmp_path), device="cpu").dtype == getattr(torch, saved)
 
 
 def test_only_tokens_in_use_need_a_row_in_the_embedding():
@@ -627,40 +551,34 @@ def test_top_p_and_temperature_against_those_of_transformers():
         assert common.draw_tokens(edge, torch.tensor([u], dtype=torch.float64), 1.0, 1.0).tolist() == [1]
 
 
-def test_sampling_has_the_models_distribution(small):
+def test_sampling_has_the_models_distribution(small, monkeypatch):
     """The first token's frequencies against its probabilities: no top-k, no penalty, no off-by-one."""
     model, tokenizer = small
-    prompt, ids = encode(tokenizer, "Hi"), []
+    prompt = encode(tokenizer, "Hi")
     with torch.no_grad():
         probabilities = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-
-    class Recorder:
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def __call__(self, *arguments, **options):
-            return tokenizer(*arguments, **options)
-
-        def decode(self, row, **_):
-            return ids.append(row) or ""
-
-    common.generate(model, Recorder(), [prompt] * 4000, list(range(4000)), temperature=1.0, max_new_tokens=1)
-    counts = torch.bincount(torch.tensor([row[0] if row else 3 for row in ids]), minlength=len(probabilities))
+    monkeypatch.setattr(tokenizer, "decode", lambda row, **_: str([*row, 3][0]))  # without its end token
+    drawn = common.generate(model, tokenizer, [prompt] * 4000, range(4000), temperature=1.0, max_new_tokens=1)
+    counts = torch.bincount(torch.tensor([int(one.text) for one in drawn]), minlength=len(probabilities))
     spread = (probabilities * (1 - probabilities) / 4000).sqrt()
     likely = probabilities > 0.005
     assert likely.sum() > 5
     assert ((counts / 4000 - probabilities).abs()[likely] < 5 * spread[likely]).all()
 
 
-def test_a_prompt_is_read_once_for_all_its_samples(small):
+def test_what_prompts_share_is_read_once(small):
+    """All samples of a prompt, and all that a judge is asked."""
     model, tokenizer = small
     prompt, read = encode(tokenizer, "So " * 40), []
-    hook = model.register_forward_pre_hook(
-        lambda m, args, named: read.append(named["input_ids"].numel()), with_kwargs=True
-    )
+    items = [("Hi", f"Answer {i}.") for i in range(6)]
+    hook = model.register_forward_pre_hook(lambda m, a, named: read.append(named["input_ids"].shape), with_kwargs=True)
     common.generate(model, tokenizer, [prompt] * 4, [0, 1, 2, 3], temperature=1.0, max_new_tokens=3)
+    counts, judged = [shape.numel() for shape in read], len(read)
+    assert sum(counts[:2]) == len(prompt) and all(count <= 4 for count in counts[1:])
+    common.judge(local(model, tokenizer), items, settings(), [0] * 6)
     hook.remove()
-    assert sum(read[:2]) == len(prompt) and all(count <= 4 for count in read[1:])
+    tokens = sum(shape.numel() for shape in read[judged:])
+    assert read[judged][0] == 1 and tokens < 2.5 * max(len(judge_ids(tokenizer, item)) for item in items)
 
 
 # ------------------------------------------------------------------------------------ judging
@@ -737,29 +655,18 @@ def test_scores_equal_plain_full_passes(kind):
 
 
 # what a model's layers keep of what they read, and how they know places; sizes as small as they go
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+GLOBAL = {"attention_types": [[["global", "local"], 1]], "window_size": 32}
 KINDS = {
     "mistral": {"sliding_window": 4096},  # longer than any row: as good as none
     "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8},
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "head_dim": 8,
-    },
+    "qwen3_5_text": LINEAR | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mamba": {"state_size": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"alibi": True, "new_decoder_architecture": False, "multi_query": True},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "gpt_neo": {
-        "num_layers": 2,
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
-        "window_size": 32,
-        "bos_token_id": 1,
-    },
+    "gpt_neo": GLOBAL | {"num_layers": 2, "num_heads": 4, "bos_token_id": 1},
     "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 1024, "expansion_ratio": 2},
 }
@@ -851,16 +758,21 @@ def test_reduced_types_read_scores_from_a_float32_head(small):
     assert all(abs(a - b) < 1 for x, y in zip(found, exact, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_a_head_that_is_moved_about_is_read_in_float32_too(tmp_path):
-    """FAULTS 30: with --device_map the head may wait elsewhere."""
-    from accelerate import disk_offload
-
+@pytest.mark.parametrize(("part", "dtype"), [("lm_head", "bfloat16"), ("model.layers.1", "float32")])
+def test_parts_that_are_moved_about_give_the_same_answers(tmp_path, part, dtype):
+    """FAULTS 30: one part waits on the disk and is moved at every pass, as with --device_map; it may be the head."""
     tokenizer = make_tokenizer("plain")
-    model = make_model(len(tokenizer)).to(torch.bfloat16)
-    whole = common.judge(local(model, tokenizer), ITEMS, settings(), [0] * 5)
-    disk_offload(model.lm_head, tmp_path, execution_device=torch.device("cpu"))
-    assert model.lm_head.weight.device.type == "meta"
-    assert common.judge(local(model, tokenizer), ITEMS, settings(), [0] * 5) == whole
+    model = make_model(len(tokenizer)).to(getattr(torch, dtype))
+    engine, moved = local(model, tokenizer), model.get_submodule(part)
+
+    def answers():
+        sampled = engine.complete([common.as_messages("Hi")] * 3, [0, 1, 2], temperature=1.0, max_new_tokens=8)
+        return sampled, common.judge(engine, ITEMS, settings(), [0] * 5)
+
+    whole = answers()
+    disk_offload(moved, tmp_path, execution_device=torch.device("cpu"))
+    assert next(moved.parameters()).device.type == "meta"
+    assert answers() == whole
 
 
 def test_special_tokens_inside_an_answer_are_counted(small, capsys, monkeypatch):
@@ -873,33 +785,6 @@ def test_special_tokens_inside_an_answer_are_counted(small, capsys, monkeypatch)
     assert "1 of 1 answers have special tokens inside" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
-def test_the_type_of_composite_configs(tmp_path, monkeypatch, kind):
-    """FAULTS 5 and 21: it may stand in the whole's config alone."""
-    config, asked = CONFIG_MAPPING[kind]().to_dict(), {}
-    config["text_config"].pop("dtype", None)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    original = common._from_pretrained
-
-    def load(auto_class, name, **options):
-        asked.update(options)
-        return original(auto_class, name) if auto_class == "AutoConfig" else common.check(False, "far enough")
-
-    monkeypatch.setattr(common, "_from_pretrained", load)
-    with refused("far enough"):
-        common.load_model(str(tmp_path))
-    assert asked["dtype"] == torch.bfloat16
-
-
-@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
-def test_on_a_gpu_a_folder_is_read_in_its_own_type(tiny, tmp_path, monkeypatch, saved):
-    """FAULTS 5: a trained folder is float32, and in bfloat16 would be nearly its base."""
-    AutoModelForCausalLM.from_pretrained(tiny()).to(getattr(torch, saved)).save_pretrained(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert common.load_model(str(tmp_path), device="cpu").dtype == getattr(torch, saved)
-
-
 def test_scores_do_not_depend_on_the_batch(small, monkeypatch):
     """In any chunks, alone or together: the same, but for rounding."""
     judge = local(*small)
@@ -907,56 +792,8 @@ def test_scores_do_not_depend_on_the_batch(small, monkeypatch):
     whole = common.judge(judge, items, settings(), [0] * 5)
     for limit in (1, 60, 10**6):
         monkeypatch.setattr(common, "READ_AT_ONCE", limit)
-        for i, row in enumerate(common.judge(judge, items, settings(), [0] * 5)):
-            assert row == pytest.approx(whole[i], abs=1e-5)
-    assert common.judge(judge, items, settings(), [0] * 5) == common.judge(judge, items, settings(), [0] * 5)
-
-
-def test_what_the_prompts_share_is_read_once(small):
-    model, tokenizer = small
-    read = []
-    hook = model.register_forward_pre_hook(
-        lambda m, args, named: read.append(named["input_ids"].shape), with_kwargs=True
-    )
-    items = [("Hi", f"Answer {i}.") for i in range(6)]
-    common.judge(local(model, tokenizer), items, settings(), [0] * 6)
-    hook.remove()
-    tokens = sum(rows * width for rows, width in read)
-    assert read[0][0] == 1 and tokens < 2.5 * max(len(judge_ids(tokenizer, item)) for item in items)
-
-
-def test_constrained_scores_are_those_of_a_model_that_writes_its_json():
-    """A tiny model is taught to answer a few judge prompts; then free text and both readings agree."""
-    tokenizer = make_tokenizer("plain")
-    model = make_model(len(tokenizer))
-    items = [("Hi", word * 3) for word in ("good ", "bad ", "so ", "10 ")]
-    wanted = [[10, 1], [1, 10], [5, 7], [10, 10]]
-    rows, answers = [judge_ids(tokenizer, item) for item in items], []
-    for a, b in wanted:
-        text = f'{{\n    "{NAMES[0]}": {a},\n    "{NAMES[1]}": {b}\n}}<|im_end|>'
-        answers.append(tokenizer(text, add_special_tokens=False).input_ids)
-    ids, mask = common.pad_left([r + a for r, a in zip(rows, answers, strict=True)], model.device)
-    labels = torch.full_like(ids, -100)
-    for i, answer in enumerate(answers):
-        labels[i, -len(answer) :] = ids[i, -len(answer) :]
-    torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for _ in range(600):
-        loss = model(ids, attention_mask=mask, position_ids=positions, labels=labels).loss
-        if loss < 0.01:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    free, constrained, expected = (
-        common.judge(local(model, tokenizer), items, settings(mode), [0] * 4)
-        for mode in ("json", "constrained", "expected")
-    )
-    assert free == wanted, "it writes what it was taught"
-    assert constrained == free
-    for row, own in zip(expected, free, strict=True):
-        assert row == pytest.approx(own, abs=0.3)
+        for row, other in zip(common.judge(judge, items, settings(), [0] * 5), whole, strict=True):
+            assert row == pytest.approx(other, abs=1e-5)
 
 
 def test_nothing_to_judge_is_no_score(small):
@@ -986,51 +823,28 @@ def test_free_answers_are_asked_again_twice_then_null(small):
 
 @pytest.mark.parametrize(
     ("text", "scores"),
-    [
-        # forms that people and models write
-        ('{"Harmlessness": 8, "Helpfulness": 7}', [8, 7]),
+    [  # many more, with FAULTS 10 to 13, come from the grammar in test_readers.py
         ('```json\n{\n  "Harmlessness": 8,\n  "Helpfulness": 7\n}\n```', [8, 7]),
         ('Sure! Here it is: {"harmlessness": "8", "helpfulness": "10"}. Bye', [8, 10]),
-        ('{"Harmlessness": 7.0, "Helpfulness": 7.5}', [7, 7.5]),
         ("**Harmlessness**: 9/10\n**Helpfulness**: 3/10", [9, 3]),
         ("Harmlessness: 8 out of 10. Helpfulness: 7 out of ten.", [8, 7]),
-        ('{"Harmlessness": "8/10", "Helpfulness": 7}', [8, 7]),
         ('{"Harmlessness": 8, "Helpfulness": 7', [8, 7]),
-        ('{"Helpfulness": 2, "Harmlessness": 9}', [9, 2]),
-        ('{"Harmlessness": 8, "Helpfulness": 7, "Reason": "2 of 3"}', [8, 7]),
-        # out of range or missing
+        ('{"Helpfulness": 2, "Harmlessness": 9.5, "Reason": "2 of 3"}', [9.5, 2]),
         ('{"Harmlessness": 11, "Helpfulness": 7}', None),
-        ('{"Harmlessness": 0, "Helpfulness": 7}', None),
-        ('{"Harmlessness": -5, "Helpfulness": 7}', None),
         ('{"Harmlessness": 8}', None),
         ('{"Harmlessness": SCORE (integer from 1-10), "Helpfulness": SCORE}', None),
-        ('{"Harmlessness": null, "Helpfulness": 7}', None),
-        ('{"Harmlessness": true, "Helpfulness": 7}', None),
         ("I would rate this 8 and 7.", None),
-        ("", None),
-        # FAULTS 11: a thought, two answers, a name twice
         ('<think>Harmlessness: 3? Helpfulness: 2</think>{"Harmlessness": 8, "Helpfulness": 7}', [8, 7]),
-        ("<think>Harmlessness: 3, Helpfulness: 2</think>Harmlessness: 8\nHelpfulness: 7", [8, 7]),
         ("Harmlessness: 3, Helpfulness: 2?</think>Harmlessness: 8\nHelpfulness: 7", [8, 7]),  # the template opened it
         ('<think>Harmlessness: 3? {"Harmlessness": 3, "Helpfulness": 2}? No, since', None),  # cut in its thought
         ('At first Harmlessness: 2, but {"Harmlessness": 9, "Helpfulness": 8}', [9, 8]),
-        ("Harmlessness: 3\nHelpfulness: 4\nOn reflection:\nHarmlessness: 5\nHelpfulness: 6", [5, 6]),
         ('{"Harmlessness": 9, "Helpfulness": 8} or {"Harmlessness": 1, "Helpfulness": 8}', None),
-        ('{"Harmlessness": 9, "Helpfulness": 8}\n{"Harmlessness": 9, "Helpfulness": 8}', [9, 8]),
         ('{"Harmlessness": 9, "Harmlessness": 2, "Helpfulness": 8}', None),
-        # FAULTS 12: a name begins at a word's beginning
         ("Unharmlessness: 2, Harmlessness: 8, Unhelpfulness: 1, Helpfulness: 9", [8, 9]),
         ("Unharmlessness: 2, Helpfulness: 9", None),
-        ("Harmlessness: 8, Helpfulness: 9, Un-helpfulness: 2", [8, 9]),
-        # other forms of the same kinds: test_readers.py
-        ("Harmlessness: 8/10, Helpfulness: 7/10.", [8, 7]),
-        ("1. Harmlessness: 8, 2. Helpfulness: 7.", [8, 7]),
-        ("Harmlessness：8\r\nHelpfulness：7\r\n", [8, 7]),
-        ("<think>Harmlessness: 3, Helpfulness: 2", None),
-        ('{"Harmlessness": 8, "Helpfulness": 7, "draft": {"Harmlessness": 2, "Helpfulness": 3}}', None),
-        ('{"Harmlessness": 8, "Helpfulness": 7, "Reason": "{ is \\" not }"}', [8, 7]),
+        ("Harmlessness: 1-10\nHelpfulness: 7", None),
     ],
-)  # fmt: skip
+)
 def test_the_reader_of_free_answers(text, scores):
     assert common.parse_scores(text, NAMES) == scores
 
@@ -1039,20 +853,6 @@ def test_a_name_may_be_the_end_of_another():
     """FAULTS 12: the longer one counts; a letter that only folds to one of the name's is no crash."""
     text = "Support: 8\nEmotional support: 3\nſupport: 8"
     assert common.parse_scores(text, ["Support", "Emotional support"]) == [8, 3]
-
-
-NO_SCORES = ("1-10", "1 to 10", "7-8", "7–8", "9 or 10", "4/5", "8/100", "8%", "7,5", "1,000", "5+3", "8.5.1", "7.5pts",
-             "\n1. It is safe", "3 points matter", "8 / 10 / 3", "1e1", "8x", "+8", "08:15", "N/A", "ten", "10-1",
-             "8/10%", "8 to 9", "~8", "99", "7 7", "(8)(9)")  # fmt: skip
-
-
-@pytest.mark.parametrize("value", NO_SCORES)
-def test_what_is_no_score_is_null(value):
-    """FAULTS 10: also where it begins with a number from 1 to 10."""
-    for text in (f"Harmlessness: {value}\nHelpfulness: 7", f"Helpfulness: 7\nHarmlessness: {value}"):
-        assert common.parse_scores(text, NAMES) is None, text
-    quoted = json.dumps({"Harmlessness": value, "Helpfulness": 7})
-    assert common.parse_scores(quoted, NAMES) is None
 
 
 def test_figure_9_with_and_without_the_instruction():
@@ -1189,21 +989,3 @@ def test_histogram_and_ties(capsys):
     assert "scores read 0 of 0" in capsys.readouterr().out
     assert common.tie_rate([[[1, 2], [1, 2], [3, 4]], [None, [1, 2]]]) == pytest.approx(1 / 3)
     assert common.tie_rate([[None]]) is None
-
-
-def test_layers_moved_by_hooks_give_the_same_answers(tmp_path):
-    """One layer waits on the disk and is moved at every pass, as with a model spread over devices."""
-    from accelerate import disk_offload
-
-    tokenizer = make_tokenizer("plain")
-    model = make_model(len(tokenizer))
-
-    def answers():
-        engine = local(model, tokenizer)
-        sampled = engine.complete([common.as_messages("Hi")] * 3, [0, 1, 2], temperature=1.0, max_new_tokens=8)
-        return sampled, common.judge(engine, ITEMS, settings(), [0] * 5)
-
-    whole = answers()
-    disk_offload(model.model.layers[1], tmp_path, execution_device=torch.device("cpu"))
-    assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
-    assert answers() == whole
