@@ -8,18 +8,16 @@ import os
 import random
 import shutil
 import stat
-import types
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FAMILIES, make_kind, make_model, make_tokenizer, read_rows, scored_row, write_rows
+from conftest import FAMILIES, make_kind, make_model, make_tokenizer, read_rows, refused, scored_row, write_rows
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
-from common import UserError
 
 pairs_stage = importlib.import_module("05_pairs")
 train = importlib.import_module("06_train")
@@ -28,10 +26,9 @@ train = importlib.import_module("06_train")
 def test_weights_of_the_fixture():
     gaps = [5, 5, 4, 0, 1, 1]
     assert train.pair_weights(gaps, 1).tolist() == [1.875, 1.875, 1.5, 0, 0.375, 0.375]
-    assert train.pair_weights([5, 5, 4, 1, 1], 1).mean().item() == pytest.approx(1)
     assert train.pair_weights([2, 6], 2).tolist() == [0.25, 2.25]
     assert train.pair_weights([2, 6], 2, mean_gap=2).tolist() == [1, 9]
-    with pytest.raises(UserError, match="mean gap is 0"):
+    with refused("mean gap is 0"):
         train.pair_weights([0, 0], 1)
 
 
@@ -59,20 +56,6 @@ def test_signs_and_gradients_of_the_losses():
     assert dpo.item() == pytest.approx(math.log1p(math.exp(-0.2)), abs=1e-6)
 
 
-def test_losses_equal_those_of_trl(monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    cpo = pytest.importorskip("trl.experimental.cpo").CPOTrainer.cpo_loss
-    generator = torch.Generator().manual_seed(0)
-    chosen, rejected = -3 * torch.rand(2, 50, generator=generator)
-    for beta, ratio in [(2.0, 0.25), (2.5, 0.55), (2.5, 1.6)]:
-        options = {"loss_type": "simpo", "beta": beta, "simpo_gamma": beta * ratio, "alpha": 0.0}
-        options |= {"label_smoothing": 0.0, "accelerator": types.SimpleNamespace(device="cpu")}
-        losses, *rewards = cpo(types.SimpleNamespace(**options), chosen, rejected)
-        ours = train.spa_loss(chosen, rejected, torch.ones(50), beta, beta * ratio)
-        assert torch.allclose(ours, losses, rtol=1e-6, atol=1e-7)
-        assert torch.equal(rewards[0], beta * chosen), "and the same meaning of rewards/chosen"
-
-
 # -------------------------------------------------------------------------------- rows and their tokens
 
 
@@ -80,69 +63,27 @@ def turn(role: str, content: str) -> list[dict]:
     return [{"role": role, "content": content}]
 
 
-def encode(kind: str, text: str, truncated: bool = False, tokenizer=None):
-    """(prompt ids, response ids) of an answer to "Why?"."""
-    tokenizer = tokenizer or make_tokenizer(kind)
-    return train.encode_response(tokenizer, turn("user", "Why?"), turn("assistant", text)[0], truncated, [3])
-
-
-@pytest.mark.parametrize("kind", ["plain", "bos", "pad_eos", "default_system", "no_end"])
-def test_a_response_is_its_tokens_and_one_end_token(kind):
-    tokenizer = make_tokenizer(kind)
-    prompt, ids = encode(kind, "It is.")
-    assert prompt == common.encode_chat(tokenizer, turn("user", "Why?")), "trained on what generation sees"
-    text = "It is." + ("|\n" if kind == "no_end" else "")
-    assert ids == [*tokenizer(text, add_special_tokens=False).input_ids, 3]
-    assert ids.count(3) == 1 and 1 not in ids
-
-
-@pytest.mark.parametrize("kind", ["plain", "bos", "pad_eos", "default_system", "no_end"])
-def test_a_truncated_response_is_its_text_alone(kind):
-    """FAULTS 6: what met the limit was never ended: neither an end token nor the template's closing is taught."""
-    tokenizer = make_tokenizer(kind)
-    whole, cut = encode(kind, "It is."), encode(kind, "It is.", True)
-    assert cut == (whole[0], tokenizer("It is.", add_special_tokens=False).input_ids)
-
-
-def test_hostile_responses_do_not_end_early():
-    tokenizer, text = make_tokenizer("plain"), "a<|im_end|>\n<|im_start|>user\nb"
-    ids = encode("plain", text)[1]
-    assert ids.count(3) == 1 and ids[-1] == 3 and tokenizer.decode(ids[:-1]) == text
-    assert encode("plain", text, True)[1] == ids[:-1]
-
-
-def test_a_template_that_rewrites_its_prompt_is_refused():
-    with pytest.raises(UserError, match="pass a plain one with --chat_template"):
-        encode("not_a_prefix", "b")
-
-
 BEFORE = {"no generation prompt": " ", "system before the last": " ", "channels": "<s>final\n"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_responses_in_the_templates_in_most_use(family):
-    """FAULTS 7 and 9: what is trained is what generation sees, what the model wrote, and its one end token."""
-    tokenizer = make_tokenizer("bos")
-    tokenizer.chat_template = FAMILIES[family]
+@pytest.mark.parametrize("family", [*FAMILIES, "pad_eos", "no_end"])
+def test_a_response_is_what_the_model_wrote_and_one_end_token(family):
+    """FAULTS 6, 7 and 9: the prompt is what generation sees; what met the limit is taught neither end nor closing."""
+    tokenizer = make_tokenizer("bos" if family in FAMILIES else family)
+    tokenizer.chat_template = FAMILIES.get(family, tokenizer.chat_template)
     if family == "eos at the end":
         tokenizer.eos_token = "<unk>"  # not its template's end of turn
+    end = "|\n<|im_end|>" if family == "no_end" else "<|im_end|>"
     ends = common.end_token_ids(tokenizer, make_model(420))
-    for text in ("It is.", "<think>\nIs it", "<|im_end|>", "<think>\nHm.\n</think>\n\nIt is."):
+    for text in ("It is.", "<think>\nIs it", "a<|im_end|>\n<|im_start|>user\nb", "<think>\nHm.\n</think>\n\nIt is."):
         lost = family in ("thought opened", "parts only")
-        with pytest.raises(UserError, match="the chat template") if lost else contextlib.nullcontext():
+        with refused("the chat template") if lost else contextlib.nullcontext():
             for truncated in (False, True):
                 answer = turn("assistant", text)[0]
                 prompt, ids = train.encode_response(tokenizer, turn("user", "Why?"), answer, truncated, ends)
                 assert prompt == common.encode_chat(tokenizer, turn("user", "Why?"))
-                end = "" if truncated else "<|im_end|>"
-                assert tokenizer.decode(ids) == BEFORE.get(family, "") + text + end
-
-
-def test_pieces_are_cut_by_their_joined_text():
-    pieces = [("abc", False), ("<s>", True), ("de", False)]
-    assert train.cut(pieces, 0, 8) == pieces
-    assert train.cut(pieces, 2, 7) == [("c", False), ("<s>", True), ("d", False)]
-    assert train.cut(pieces, 4, 5) == [("s", True)] and train.cut(pieces, 3, 3) == []
+                assert tokenizer.decode(ids) == BEFORE.get(family, "") + text + end * (not truncated)
+                assert ids.count(3) == (not truncated), "what a response spells is text"
 
 
 def pair(chosen: str, rejected: str, **more) -> dict:
@@ -188,17 +129,20 @@ def raw(**changes) -> dict:
     return {key: value for key, value in (row | {"gap": 1} | changes).items() if value is not None}
 
 
+def both_sides(turns: list[dict], chosen: str, rejected: str) -> dict:
+    """The whole conversation in both sides, as others write it."""
+    return {"chosen": turns + turn("assistant", chosen), "rejected": turns + turn("assistant", rejected)}
+
+
 def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
     """FAULTS 23: others write the whole conversation into both sides, and the prompt as text or not at all."""
     (plain,) = train.read_pairs(write_rows(tmp_path / "plain.jsonl", [raw()]), True)
-    both = {
-        side: turn("user", "Why?") + turn("assistant", text) for side, text in (("chosen", "So."), ("rejected", "No."))
-    }
+    both = both_sides(turn("user", "Why?"), "So.", "No.")
     rows = [raw(**both), raw(**both, prompt="Why?\n"), raw(**both, prompt=None), raw(prompt="Why?")]
     for row in train.read_pairs(write_rows(tmp_path / "other.jsonl", rows), True):
         assert row == plain
     turns = [*turn("user", "Why?"), *turn("assistant", "Hm."), *turn("user", "And?")]
-    both = {side: turns + turn("assistant", side) for side in ("chosen", "rejected")}
+    both = both_sides(turns, "chosen", "rejected")
     (row,) = train.read_pairs(write_rows(tmp_path / "turns.jsonl", [raw(**both, prompt="Why?")]), True)
     assert row["prompt"] == turns and row["chosen"]["content"] == "chosen"
 
@@ -218,16 +162,13 @@ def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
         (raw(chosen=turn("user", "So.")), "must be lists of one assistant message"),
         (raw(chosen=turn("assistant", "a") + turn("assistant", "b")), "'prompt' must be text, or a list"),
         (raw(chosen=turn("user", "Why?") + turn("assistant", "b")), "must be lists of one assistant message"),
-        (
-            raw(**{side: turn("user", "Who?") + turn("assistant", side) for side in ("chosen", "rejected")}),
-            "must be lists of one assistant message",
-        ),
+        (raw(**both_sides(turn("user", "Who?"), "a", "b")), "must be lists of one assistant message"),
         ([1], "line 1: no 'chosen'"),
     ],
 )
 def test_bad_pairs_are_one_line(tmp_path, row, words):
     """FAULTS 23 and section 4."""
-    with pytest.raises(UserError, match=words):
+    with refused(words):
         train.read_pairs(write_rows(tmp_path / "05_pairs.jsonl", [row]), True)
 
 
@@ -250,7 +191,7 @@ def test_held_out_prompts_depend_on_seed_and_id_alone():
     assert held_out(groups(*everything, *everything)) == whole, "with and without a system message"
     assert train.split_prompts(groups("a", "b"), train.Args())[1] == []
     assert len(held_out(groups("a", "b", "c"))) >= 1, "at least one"
-    with pytest.raises(UserError, match="leaves none of 1 prompts to train on"):
+    with refused("leaves none of 1 prompts to train on"):
         held_out(groups("a"))
 
 
@@ -265,12 +206,6 @@ def test_held_out_prompts_without_ids_depend_on_the_question_alone():
         return {one["id"] for one in out}
 
     assert held_out() == held_out("Be brief.") == held_out(length=45) and 10 < len(held_out()) < 30
-
-
-def test_right_padding_and_masks_by_position():
-    ids, mask, labels = train.to_batch([([7, 8], [9, 3]), ([7], [3])], "cpu")
-    assert ids.tolist() == [[7, 8, 9, 3], [7, 3, 0, 0]] and mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert labels.tolist() == [[-100, 9, 3], [3, -100, -100]], "behind the shortest prompt"
 
 
 def test_pack_keeps_the_budget_and_every_item():
@@ -321,21 +256,22 @@ def naive_loss(model, reference, tokenizer, pairs: list[dict], args) -> torch.Te
     if args.loss == "sft":
         distinct = {(p["id"], p["chosen"][0]["content"]): p for p in pairs}.values()
         parts = [logps(model, pair, "chosen") for pair in distinct]
-        return -sum(total for total, _ in parts) / sum(count for _, count in parts)
+        return -sum(total for total, _ in parts) / sum(count for _, count in parts), None
     gaps = [pair["gap"] for pair in pairs]
-    losses = []
+    losses, rewards = [], []
     for pair in pairs:
         (chosen, m), (rejected, n) = (logps(model, pair, side) for side in ("chosen", "rejected"))
         if args.loss == "dpo":
             with torch.no_grad():
                 base = [logps(reference, pair, side)[0] for side in ("chosen", "rejected")]
-            inner = args.beta * ((chosen - base[0]) - (rejected - base[1]))
-            losses.append(torch.log1p(torch.exp(-inner)))
+            rewards.append(args.beta * (chosen - base[0]))
+            losses.append(torch.log1p(torch.exp(args.beta * (rejected - base[1]) - rewards[-1])))
             continue
         weight = (pair["gap"] / np.mean(gaps)) ** args.alpha if args.loss == "spa" else 1.0
-        inner = args.beta * chosen / m - args.beta * rejected / n - args.beta * args.gamma_beta_ratio
+        rewards.append(args.beta * chosen / m)
+        inner = rewards[-1] - args.beta * rejected / n - args.beta * args.gamma_beta_ratio
         losses.append(weight * torch.log1p(torch.exp(-inner)))
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses), sum(rewards).item() / len(rewards)
 
 
 PLAIN = Accelerator(cpu=True)  # one process
@@ -367,9 +303,10 @@ def test_gradient_equals_a_naive_float64_step(loss, budget, call, monkeypatch):
         del network.forward
     double = model.double()
     double.zero_grad()
-    value = naive_loss(double.eval(), reference.double(), tokenizer, pairs, args)
+    value, reward = naive_loss(double.eval(), reference.double(), tokenizer, pairs, args)
     value.backward()
     assert sums["loss"] / denominator == pytest.approx(value.item(), rel=1e-5)
+    assert loss == "sft" or sums["rewards/chosen"] / denominator == pytest.approx(reward, rel=1e-5)
     for name, p in double.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name
         error = (ours[name] - p.grad).norm() / p.grad.norm()
@@ -401,15 +338,19 @@ def test_log_probabilities_are_the_models_own(kind, monkeypatch):
             assert value.item() == pytest.approx(plain.item(), abs=1e-4)
 
 
-def test_gap_mean_of_the_batch():
-    groups = [{"pairs": [(0, 1, 2), (0, 2, 6)]}, {"pairs": [(0, 1, 4)]}]
+def test_weights_with_the_mean_gap_of_the_batch_and_of_the_whole():
+    groups, held_out = [{"pairs": [(0, 1, 2), (0, 2, 6)]}, {"pairs": [(0, 1, 4)]}], [{"pairs": [(0, 1, 8)]}]
     args = train.Args(alpha=1.0)
-    train.set_weights(groups, args, None)
+    mean = train.set_weights(groups, args, None)
     assert [group["weights"] for group in groups] == [[0.5, 1.5], [1.0]]
-    train.set_weights(groups[1:], args, None)
-    assert groups[1]["weights"] == [1.0]
-    train.set_weights(groups, args, 2.0)
-    assert [group["weights"] for group in groups] == [[1.0, 3.0], [2.0]]
+    train.set_weights(held_out, args, mean)
+    assert held_out[0]["weights"] == [2.0], "held-out pairs are weighed by the mean gap of the others"
+    train.set_weights(held_out, args, None)
+    assert held_out[0]["weights"] == [1.0], "of a batch of its own"
+    statistics = train.weight_statistics([{"weights": [2.0, 0.0]}, {"weights": [1.0, 1.0]}])
+    assert statistics["weights/effective_sample_size"] == pytest.approx(16 / 6 / 4)
+    assert statistics["weights/zero_fraction"] == 0.25
+    assert [*train.weight_statistics([{"weights": [0.0, 0.0]}]).values()] == [0.0, 1.0], "all totals are equal"
 
 
 def test_schedule_moves_at_once_and_ends_at_zero():
@@ -443,11 +384,11 @@ def tensors(folder) -> dict:
 
 
 @pytest.mark.parametrize("loss", ["spa", "simpo", "dpo", "sft"])
-def test_a_run_trains_and_saves(tiny, call, run_dir, loss):
+def test_a_run_trains_and_saves(tiny, ok, fails, run_dir, loss):
+    """FAULTS 46: no text file of the model, the card neither, has a path in it."""
     command = ("06_train", "--run_dir", run_dir, "--model", tiny(), "--loss", loss)
     options = (*OPTIONS, *(("--beta", 0.1) if loss == "dpo" else ()))
-    code, out, err = call(*command, *options)
-    assert code == 0, err
+    out, _ = ok(*command, *options)
     before, after = tensors(tiny()), tensors(run_dir / "06_model")
     assert all(not torch.equal(before[name], after[name]) for name in before), "every weight has moved"
     assert AutoTokenizer.from_pretrained(run_dir / "06_model").chat_template
@@ -463,91 +404,84 @@ def test_a_run_trains_and_saves(tiny, call, run_dir, loss):
     facts = f"loss {loss}, model {tiny()}, {pairs} pairs, 5 prompts, 12 steps, learning rate 0.001"
     assert out.startswith(f"06 train: {facts}, β {beta}, γ {beta / 4:g}, γ/β 0.25\n")
     assert "before training: '" in out and "the trained model: '" in out
+    assert "before training: '" in out and "the trained model: '" in out
     record = json.loads((run_dir / "06_args.json").read_text())
     assert record["complete"] and record["rows"] == 14 and record["args"]["beta"] == beta
-    code, out, _ = call(*command, *options)
-    assert code == 0 and "complete already" in out
-    code, _, err = call(*command, "--epochs", 9)
-    assert code == 2 and "was made with --" in err
-
-
-def test_the_card_has_names_and_no_paths(tiny, call, run_dir):
-    """FAULTS 46: nor has any other text file of the model."""
-    assert call("06_train", "--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "06_x_model")[0] == 0
-    card = (run_dir / "06_x_model" / "README.md").read_text()
-    assert "loss `spa`" in card and "arXiv 2511.06222" in card and "# 06_x_model" in card
+    card = (run_dir / "06_model" / "README.md").read_text()
+    assert f"loss `{loss}`" in card and "arXiv 2511.06222" in card and "# 06_model" in card
     assert os.path.basename(tiny()) in card
-    for file in (run_dir / "06_x_model").iterdir():
+    for file in (run_dir / "06_model").iterdir():
         text = file.read_bytes()
         assert os.fsencode(run_dir) not in text and os.fsencode(os.path.dirname(tiny())) not in text, file.name
 
 
-def test_batch_mean_gap_run_and_two_losses_side_by_side(tiny, call, run_dir):
-    """FAULTS section 4: each variant's `next:` names a folder of its own."""
-    common_options = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
-    _, out, _ = call(*common_options, "--gap_mean", "batch")
+def test_two_trainings_side_by_side(tiny, ok, run_dir):
+    """FAULTS section 4: each variant's `next:` names a folder of its own; here the second is saved in bfloat16."""
+    command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    out, _ = ok(*command, "--gap_mean", "batch")
     assert f"next: python 01_sample.py --model {run_dir}/06_model --split test --run_dir {run_dir}/test_model\n" in out
-    _, out, _ = call(*common_options, "--loss", "simpo", "--output_dir", run_dir / "06_simpo")
+    out, _ = ok(*command, "--loss", "simpo", "--output_dir", run_dir / "06_simpo", "--save_dtype", "bfloat16")
     assert f"--run_dir {run_dir}/test_simpo\n" in out, "another folder for another model's answers"
     assert (run_dir / "06_simpo_metrics.jsonl").exists() and (run_dir / "06_metrics.jsonl").exists()
+    saved = AutoModelForCausalLM.from_pretrained(run_dir / "06_simpo", dtype="auto")
+    assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
 
 
-def test_one_seed_one_result(tiny, call, run_dir):
-    options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS)
-    for name in ("a", "b"):
-        assert call("06_train", *options, "--output_dir", run_dir / name / "06_model")[0] == 0
-    a, b = ((run_dir / name / "06_model" / "model.safetensors").read_bytes() for name in "ab")
-    assert a == b
+ZERO = [row | {"gap": 0} for row in make_pairs()]
 
 
-def test_the_model_is_the_one_that_wrote_the_responses(tiny, call, run_dir):
-    """FAULTS 4."""
-    code, _, err = call("06_train", "--run_dir", run_dir)
-    assert code == 2 and "pass --model" in err, "no model is guessed"
-    record = {"stage": "05_pairs", "args": {}, "earlier": {"01": {"model": tiny()}}, "complete": True}
-    (run_dir / "05_args.json").write_text(json.dumps(record))
-    code, out, err = call("06_train", "--run_dir", run_dir)
-    assert code == 0 and f"model {tiny()}" in out, err
-    (run_dir / "05_args.json").write_text(json.dumps(record | {"complete": False}))
-    code, _, err = call("06_train", "--run_dir", run_dir, "--overwrite")
-    assert code == 2 and "05_pairs.py has not finished" in err
-    (run_dir / "05_args.json").write_text(json.dumps(record | {"rows": 99}))
-    code, _, err = call("06_train", "--run_dir", run_dir, "--overwrite")
-    assert code == 2 and "05_pairs.py wrote 99" in err
+@pytest.mark.parametrize(
+    ("options", "words", "change"),
+    [
+        ((), "has no pairs", {"rows": []}),
+        ((), "use --loss simpo", {"rows": ZERO}),
+        (("--loss", "simpo", "--max_length", 3), "no pair is left", {}),
+        (("--max_length", 3), "longer than --max_length", {}),
+        (("--model", "/no/such/folder"), "no such folder", {}),
+        (("--attn_implementation", "no_such"), "can't be loaded", {}),
+        (("--eval_fraction", 1), "--eval_fraction 1.0: from 0 to below 1 is wanted", {}),
+        (("--save_steps", -1), "--save_steps -1: at least 0 is wanted", {}),
+        (("--base_dtype", "bfloat16"), "--base_dtype bfloat16 is for --lora_rank", {}),
+        (("--max_grad_norm", 0), "--max_grad_norm 0.0: more than 0 is wanted", {}),
+        (("--label_smoothing", 0.1), "unknown option --label_smoothing", {}),
+        (("--tracker", "wandb"), "--tracker wandb: it is not installed; python", {"no": "package"}),
+        (("--lora_rank", 4), "--lora_rank needs peft: python -m pip install peft", {"no": "package"}),
+        # FAULTS 2: dynamo renames every weight, accelerate would divide each loss; from a user's own accelerate config
+        ((), "dynamo (EAGER) is not supported", {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}),
+        ((), "gradient accumulation (4) is not supported", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}),
+        # FAULTS 22 and 37, in the first step
+        (("--learning_rate", 1e30, "--epochs", 4), "in float32; the prompts of this step: p", {}),
+        ((), "out of memory: try --gradient_checkpointing, a smaller --max_length", {"step": torch.OutOfMemoryError}),
+    ],
+)
+def test_what_is_refused_is_one_line(tiny, fails, run_dir, monkeypatch, options, words, change):
+    def fail(*arguments):
+        raise change["step"]("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    if "rows" in change:
+        write_rows(run_dir / "05_pairs.jsonl", change["rows"])
+    if "no" in change:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if "step" in change:
+        monkeypatch.setattr(train, "train_step", fail)
+    for name in [name for name in change if name.isupper()]:
+        monkeypatch.setenv(name, change[name])
+    fails(words, "06_train", "--run_dir", run_dir, "--model", tiny(), *options)
+    assert not (run_dir / "06_model").exists()
 
 
-def test_bad_input_is_one_line(tmp_path, call, tiny):
-    command = ("06_train", "--run_dir", tmp_path, "--model", tiny())
-    code, _, err = call(*command)
-    assert code == 2 and "05_pairs.jsonl not found; run 05_pairs.py" in err
-    (tmp_path / "05_pairs.jsonl").write_text("")
-    code, _, err = call(*command)
-    assert code == 2 and "has no pairs" in err and "06_train.py: error: " in err and "Traceback" not in err
-    write_rows(tmp_path / "05_pairs.jsonl", [row | {"gap": 0} for row in make_pairs()])
-    code, _, err = call(*command)
-    assert code == 2 and "use --loss simpo" in err
-    code, _, err = call(*command, "--max_length", 3, "--overwrite")
-    assert code == 2 and "no pair is left" in err and "longer than --max_length" in err
-    code, _, err = call("06_train", "--run_dir", tmp_path, "--model", tmp_path / "nothing", "--overwrite")
-    assert code == 2 and "no such folder" in err
-    code, out, err = call(*command, "--loss", "simpo", "--gamma_beta_ratio", 2, "--overwrite")
-    assert code == 0 and "above 1.6" in err and "γ 4, γ/β 2" in out
+def test_renamed_weights_are_not_saved(run_dir, tiny, fails, monkeypatch):
+    """FAULTS 2: however they come to be renamed, the saved model would load as random."""
+    renamed = lambda self, model: {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}  # noqa: E731
+    monkeypatch.setattr(Accelerator, "get_state_dict", renamed)
+    words = "the trained weights are not those of LlamaForCausalLM: _orig_mod."
+    fails(words, "06_train", "--run_dir", run_dir, "--model", tiny())
+    assert not json.loads((run_dir / "06_args.json").read_text())["complete"] and not (run_dir / "06_model").exists()
 
 
-def test_invalid_generation_config_does_not_cost_the_run(tmp_path, call, run_dir):
-    tokenizer, folder = make_tokenizer("plain"), tmp_path / "odd"
-    tokenizer.save_pretrained(folder)
-    make_model(len(tokenizer)).save_pretrained(folder)
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(config | {"do_sample": False, "temperature": 0.6}))
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", folder)
-    assert code == 0, err
-
-
-def test_held_out_prompts_are_measured_and_not_trained_on(tiny, call, run_dir):
+def test_held_out_prompts_are_measured_and_not_trained_on(tiny, ok, run_dir):
     options = ("--run_dir", run_dir, "--model", tiny(), "--learning_rate", 1e-3, "--epochs", 3)
-    code, out, err = call("06_train", *options, "--eval_fraction", 0.4, "--batch_size", 1)
-    assert code == 0, err
+    out, _ = ok("06_train", *options, "--eval_fraction", 0.4, "--batch_size", 1)
     draws = [common.derive_seed(0, "eval", f"p{i}") / 2**63 for i in range(5)]
     count = sum(draw < 0.4 for draw in draws)
     assert 0 < count < 5 and f"prompts: 5 ({count} held out)" in out and f"over {count} held-out prompts" in out
@@ -559,26 +493,9 @@ def test_held_out_prompts_are_measured_and_not_trained_on(tiny, call, run_dir):
     assert sum("learning_rate" in row for row in rows) == ends[-1] and not any("train/loss" in row for row in rows)
 
 
-def test_held_out_pairs_are_weighted_by_the_training_mean_gap():
-    args = train.Args(alpha=1.0)
-    groups, held_out = [{"pairs": [(0, 1, 2), (0, 2, 6)]}], [{"pairs": [(0, 1, 8)]}]
-    train.set_weights(held_out, args, train.set_weights(groups, args, None))
-    assert held_out[0]["weights"] == [2.0]
-
-
-def test_weight_statistics_by_hand():
-    statistics = train.weight_statistics([{"weights": [2.0, 0.0]}, {"weights": [1.0, 1.0]}])
-    assert statistics["weights/effective_sample_size"] == pytest.approx(16 / 6 / 4)
-    assert statistics["weights/zero_fraction"] == 0.25
-    statistics = train.weight_statistics([{"weights": [0.0, 0.0]}])
-    assert list(statistics.values()) == [0.0, 1.0], "a batch whose totals are all equal"
-
-
-def test_tensorboard_gets_what_the_file_gets(tiny, call, run_dir):
+def test_tensorboard_gets_what_the_file_gets(tiny, ok, run_dir):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS, "--tracker", "tensorboard")
-    code, _, err = call("06_train", *options)
-    assert code == 0, err
+    ok("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS, "--tracker", "tensorboard")
     log = events.EventAccumulator(str(next(run_dir.rglob("events.out*")).parent))
     log.Reload()
     rows = [row for row in read_rows(run_dir / "06_metrics.jsonl") if "learning_rate" in row]
@@ -589,170 +506,83 @@ def test_tensorboard_gets_what_the_file_gets(tiny, call, run_dir):
     assert "train/loss" in log.Tags()["scalars"]
 
 
-def test_a_tracker_that_is_not_there_is_one_line(tiny, call, run_dir, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--tracker", "wandb")
-    assert code == 2 and "--tracker wandb: it is not installed; python -m pip install wandb" in err
+def save_base(folder, model):
+    make_tokenizer("plain").save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
 
 
-def test_what_saves_memory_changes_nothing_but_the_way(tiny, call, run_dir):
-    weights = []
-    for name, extra in {
-        "a": (), "b": ("--gradient_checkpointing",), "c": ("--attn_implementation", "eager"),
-        "d": ("--tokens_per_batch", 30),
-    }.items():  # fmt: skip
+def test_what_saves_memory_changes_nothing_but_the_way(ok, run_dir):
+    """Of a model with dropout, which is off even where activations are computed again."""
+    model = make_model(420)
+    model.config.attention_dropout = 0.9
+    base, weights = save_base(run_dir / "base", model), []
+    extras = ((), ("--gradient_checkpointing",), ("--attn_implementation", "eager"), ("--tokens_per_batch", 30))
+    for name, extra in zip("abcd", extras, strict=True):
         folder = run_dir / name / "06_model"
-        options = ("--run_dir", run_dir, "--model", tiny(), *OPTIONS, "--output_dir", folder, *extra)
-        code, _, err = call("06_train", *options)
-        assert code == 0, err
+        ok("06_train", "--run_dir", run_dir, "--model", base, *OPTIONS, "--output_dir", folder, *extra)
         weights.append(tensors(folder))
     for other in weights[1:]:
         assert max((weights[0][k] - other[k]).abs().max().item() for k in other) < 1e-5
-    options = ("--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "e" / "06_model")
-    code, _, err = call("06_train", *options, "--attn_implementation", "no_such")
-    assert code == 2 and "can't be loaded" in err and "Traceback" not in err
 
 
-def test_dropout_is_off_even_where_activations_are_recomputed(tmp_path, call, run_dir):
-    tokenizer, model = make_tokenizer("plain"), make_model(420)
-    model.config.attention_dropout = 0.9
-    tokenizer.save_pretrained(tmp_path / "dropout")
-    model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(tmp_path / "dropout")
-    finals = []
-    for extra in ((), ("--gradient_checkpointing",)):
-        options = ("--run_dir", run_dir, "--model", tmp_path / "dropout", *OPTIONS, "--overwrite", *extra)
-        code, _, err = call("06_train", *options)
-        assert code == 0, err
-        finals.append(read_rows(run_dir / "06_metrics.jsonl")[-1]["train/loss"])
-    assert finals[0] == pytest.approx(finals[1], rel=1e-4)
-
-
-def test_one_pair_trains(tmp_path, tiny, call):
+def test_one_pair_trains(tmp_path, tiny, ok):
     write_rows(tmp_path / "05_pairs.jsonl", make_pairs()[:1])
-    code, out, err = call("06_train", "--run_dir", tmp_path, "--model", tiny(), "--learning_rate", 1e-3)
-    assert code == 0 and "effective sample size 100% of the pairs" in out, err
+    options = ("--gamma_beta_ratio", 2, "--learning_rate", 1e-3)
+    out, err = ok("06_train", "--run_dir", tmp_path, "--model", tiny(), *options)
+    assert "effective sample size 100% of the pairs" in out and "γ 4, γ/β 2" in out and "above 1.6" in err
     first, _, last = read_rows(tmp_path / "06_metrics.jsonl")
     assert last["train/loss"] < first["train/loss"]
 
 
-def test_a_loss_that_is_not_finite_names_its_prompts(tmp_path, tiny, call):
-    write_rows(tmp_path / "05_pairs.jsonl", make_pairs(2))
-    options = ("--run_dir", tmp_path, "--model", tiny(), "--learning_rate", 1e30, "--epochs", 4)
-    code, _, err = call("06_train", *options)
-    assert code == 2 and "the loss is not finite in float32" in err and "p0" in err and "p1" in err
-    assert not (tmp_path / "06_model").exists()
-
-
-def test_running_out_of_memory_is_one_line(run_dir, tiny, call, monkeypatch):
-    """FAULTS 37."""
-
-    def fail(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(train, "train_step", fail)
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
-    assert code == 2 and "out of memory: try --gradient_checkpointing, a smaller --max_length" in err
-
-
-def test_counted_and_said_what_is_cut_or_shortened(run_dir, tiny, call):
+def test_counted_and_said_what_is_cut_or_shortened(run_dir, tiny, ok):
     """FAULTS section 4: prompts that are shortened."""
     rows = make_pairs()
     cut = {row["rejected"][0]["content"] for row in rows[:2]}
     rows = [row | {"rejected_truncated": True} if row["rejected"][0]["content"] in cut else row for row in rows]
     write_rows(run_dir / "05_pairs.jsonl", [*rows, rows[-1] | {"rejected": rows[-1]["chosen"]}])
-    code, out, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
-    assert code == 0 and "were cut at the length limit: they are taught without an end token" in err
-    assert "chosen and rejected are the same tokens" in out and f"pairs used  {' ' * 40}"[:10] in out
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--max_length", 60, "--overwrite")
-    assert code == 0 and "which lose their left" in err
+    out, err = ok("06_train", "--run_dir", run_dir, "--model", tiny())
+    assert "were cut at the length limit: they are taught without an end token" in err
+    assert "chosen and rejected are the same tokens" in out
+    _, err = ok("06_train", "--run_dir", run_dir, "--model", tiny(), "--max_length", 60, "--overwrite")
+    assert "which lose their left" in err
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--eval_fraction", 1), "--eval_fraction 1.0: from 0 to below 1 is wanted"),
-        (("--save_steps", -1), "--save_steps -1: at least 0 is wanted"),
-        (("--base_dtype", "bfloat16"), "--base_dtype bfloat16 is for --lora_rank"),
-        (("--max_grad_norm", 0), "--max_grad_norm 0.0: more than 0 is wanted"),
-        (("--label_smoothing", 0.1), "unknown option --label_smoothing"),
-    ],
-)
-def test_bad_options_are_one_line(run_dir, tiny, call, options, words):
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *options)
-    assert code == 2 and words in err
-
-
-def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, call, run_dir):
-    make_tokenizer("plain").save_pretrained(tmp_path / "small")
-    make_model(100).save_pretrained(tmp_path / "small")
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tmp_path / "small")
-    assert code == 2 and "the tokenizer has" in err and "the model only 100" in err
-
-
-def test_dynamo_is_refused(run_dir, tiny, call, monkeypatch):
-    """FAULTS 2: it renames every weight: the saved model would load as random."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
-    assert code == 2 and "dynamo (EAGER) is not supported" in err
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
-    renamed = lambda self, model: {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}  # noqa: E731
-    monkeypatch.setattr(Accelerator, "get_state_dict", renamed)
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
-    assert code == 2 and "the trained weights are not those of LlamaForCausalLM: _orig_mod." in err
-    assert not json.loads((run_dir / "06_args.json").read_text())["complete"] and not (run_dir / "06_model").exists()
-
-
-def test_other_settings_of_a_launch_that_would_change_the_loss_are_refused(run_dir, tiny, call, monkeypatch):
-    """FAULTS 2: from a user's own accelerate config; accelerate would divide each loss by it."""
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny())
-    assert code == 2 and "gradient accumulation (4) is not supported" in err
-
-
-def test_numbers_that_are_not_finite_save_nothing(run_dir, tiny, call):
+def test_numbers_that_are_not_finite_save_nothing(run_dir, tiny, fails):
     """FAULTS 22: weights that are damaged before, or by the last step."""
-    options = ("--run_dir", run_dir, "--learning_rate", 1e38, "--batch_size", 99)
-    code, _, err = call("06_train", *options, "--model", tiny())
-    assert code == 2 and "the model's numbers are not finite in float32" in err and "Traceback" not in err
+    command = ("06_train", "--run_dir", run_dir, "--learning_rate", 1e38, "--batch_size", 99)
+    fails("the model's numbers are not finite in float32", *command, "--model", tiny())
     weights = tensors(tiny())
     weights["model.norm.weight"][3] = math.nan
     folder = shutil.copytree(tiny(), run_dir / "damaged")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    code, _, err = call("06_train", *options, "--model", folder, "--overwrite")
-    assert code == 2 and "the model's numbers are not finite in torch.float32: damaged weights" in err
+    words = "the model's numbers are not finite in torch.float32: damaged weights"
+    fails(words, *command, "--model", folder, "--overwrite")
     assert not (run_dir / "06_model").exists()
     assert not json.loads((run_dir / "06_args.json").read_text())["complete"]
 
 
 @pytest.mark.parametrize("dangling", [False, True])
-def test_a_linked_output_folder_is_written_behind_the_link(run_dir, tiny, call, tmp_path, dangling):
-    """FAULTS 40: a symlink, dangling or not."""
-    target = tmp_path / "elsewhere" / "model"
+def test_a_linked_output_folder_is_written_behind_the_link(run_dir, tiny, ok, fails, tmp_path, dangling):
+    """FAULTS 40: a symlink, dangling or not; a file is refused."""
+    target, command = tmp_path / "elsewhere" / "model", ("06_train", "--run_dir", run_dir, "--model", tiny())
     if not dangling:
         target.mkdir(parents=True)
     (run_dir / "06_model").symlink_to(target)
-    options = ("--run_dir", run_dir, "--model", tiny(), *(() if dangling else ("--overwrite",)))
-    code, _, err = call("06_train", *options)
-    assert code == 0, err
+    ok(*command, *(() if dangling else ("--overwrite",)))
     assert (run_dir / "06_model").is_symlink() and (target / "model.safetensors").exists()
     assert (run_dir / "06_metrics.jsonl").exists() and (run_dir / "06_args.json").exists()
-    shutil.rmtree(target)
     (run_dir / "file").write_text("")
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--output_dir", run_dir / "file")
-    assert code == 2 and "is a file" in err
+    fails("is a file", *command, "--output_dir", run_dir / "file")
 
 
-def test_what_bfloat16_keeps_of_the_training(tiny, call, run_dir):
+def test_what_bfloat16_keeps_of_the_training(tiny, ok, run_dir):
     """FAULTS 5, by hand: a base that bfloat16 holds exactly; small steps vanish in it, large ones do not."""
-    base = AutoModelForCausalLM.from_pretrained(tiny()).bfloat16()
-    base.save_pretrained(run_dir / "base")
-    AutoTokenizer.from_pretrained(tiny()).save_pretrained(run_dir / "base")
+    base = save_base(run_dir / "base", AutoModelForCausalLM.from_pretrained(tiny()).bfloat16())
     for rate, low in ((1e-6, True), (1e-1, False)):
-        options = ("--run_dir", run_dir, "--model", run_dir / "base", "--learning_rate", rate, "--overwrite")
-        code, out, err = call("06_train", *options)
-        assert code == 0, err
-        before, after = tensors(run_dir / "base"), tensors(run_dir / "06_model")
+        options = ("--run_dir", run_dir, "--model", base, "--learning_rate", rate, "--overwrite")
+        out, err = ok("06_train", *options)
+        before, after = tensors(base), tensors(run_dir / "06_model")
         changed = sum((after[k] != before[k]).sum().item() for k in before)
         kept = sum((after[k].bfloat16() != before[k].bfloat16()).sum().item() for k in before)
         assert f"{kept / changed:.0%} of them differ in bfloat16 too" in out
@@ -760,21 +590,16 @@ def test_what_bfloat16_keeps_of_the_training(tiny, call, run_dir):
         assert (kept / changed < 0.5) == low
 
 
-def test_the_saved_type(tiny, call, run_dir):
-    options = ("--run_dir", run_dir, "--model", tiny(), "--save_dtype", "bfloat16")
-    assert call("06_train", *options)[0] == 0
-    saved = AutoModelForCausalLM.from_pretrained(run_dir / "06_model", dtype="auto")
-    assert {p.dtype for p in saved.parameters()} == {torch.bfloat16}
+def test_older_readers_find_the_same_values(ok, run_dir):
+    """FAULTS section 4: transformers 4.5x, in older servers, knows rope_theta alone and would go on with 10,000.
 
-
-def test_older_readers_find_the_same_values(tiny, call, run_dir):
-    """FAULTS section 4: transformers 4.5x, in older servers, knows rope_theta alone and would go on with 10,000."""
-    model = AutoModelForCausalLM.from_pretrained(tiny())
+    The base has an invalid generation config too, which must not cost the run at its end.
+    """
+    model = make_model(420)
     model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 77777.0}
-    model.save_pretrained(run_dir / "base")
-    AutoTokenizer.from_pretrained(tiny()).save_pretrained(run_dir / "base")
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", run_dir / "base")
-    assert code == 0, err
+    file = save_base(run_dir / "base", model) / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": False, "temperature": 0.6}))
+    ok("06_train", "--run_dir", run_dir, "--model", run_dir / "base")
     config, names = (
         json.loads((run_dir / "06_model" / f"{n}.json").read_text()) for n in ("config", "tokenizer_config")
     )
@@ -789,12 +614,12 @@ def test_older_readers_find_the_same_values(tiny, call, run_dir):
 
 # -------------------------------------------------------------------------------- LoRA
 
-ADAPTER = ("--lora_rank", 4, "--learning_rate", 1e-2, "--batch_size", 2, "--epochs", 2)
+ADAPTER = ("--lora_rank", 4, "--learning_rate", 1e-2, "--batch_size", 2, "--epochs", 2, "--seed", 10**30)
 
 
-@pytest.mark.parametrize("loss", ["spa", "dpo"])
-@pytest.mark.parametrize("base", ["float32", "bfloat16"])
-def test_an_adapter_is_trained_and_merged_in_float32(tiny, call, run_dir, loss, base, monkeypatch):
+@pytest.mark.parametrize(("loss", "base"), [("spa", "float32"), ("dpo", "bfloat16")])
+def test_an_adapter_is_trained_and_merged_in_float32(tiny, ok, run_dir, loss, base, monkeypatch):
+    """FAULTS section 4: a huge seed, by which the adapter's random factor is drawn."""
     pytest.importorskip("peft")
     live = {}
     original = train.save_model
@@ -810,8 +635,8 @@ def test_an_adapter_is_trained_and_merged_in_float32(tiny, call, run_dir, loss, 
 
     monkeypatch.setattr(train, "save_model", save)
     options = ("--run_dir", run_dir, "--model", tiny(), "--loss", loss, *ADAPTER, "--base_dtype", base)
-    code, out, err = call("06_train", *options, *(("--beta", 0.1) if loss == "dpo" else ()))
-    assert code == 0 and f"LoRA rank 4 on {base}" in out, err
+    out, _ = ok("06_train", *options, *(("--beta", 0.1) if loss == "dpo" else ()))
+    assert f"LoRA rank 4 on {base}" in out
     first, *_, last = read_rows(run_dir / "06_metrics.jsonl")
     assert last["train/loss"] < first["train/loss"]
     if loss == "dpo":  # the adapter begins as 0: the reference is the base
@@ -822,25 +647,21 @@ def test_an_adapter_is_trained_and_merged_in_float32(tiny, call, run_dir, loss, 
     for name, weight in before.items():
         merged = weight + live["deltas"].get(name, 0)
         assert torch.allclose(after[name], merged, atol=1e-6), name
-    if base == "float32":  # the merged model is the adapted one: it has its loss
-        args = train.Args(loss=loss, beta=0.1 if loss == "dpo" else 2.0)
-        tokenizer = make_tokenizer("plain")
-        groups = grouped(make_pairs(), tokenizer, args)
+    if loss == "spa":  # the merged model is the adapted one: it has its loss
+        args = train.Args(beta=2.0)
+        groups = grouped(make_pairs(), make_tokenizer("plain"), args)
         train.set_weights(groups, args, None)
+        merged = AutoModelForCausalLM.from_pretrained(run_dir / "06_model")
         with torch.no_grad():
-            models = [AutoModelForCausalLM.from_pretrained(f) for f in (tiny(), run_dir / "06_model")]
-            base_logps, logps = ([train.response_logps(m, g["sequences"], 1, 1e9) for g in groups] for m in models)
-        for one, values in zip(groups, base_logps, strict=True):
-            one["reference"] = values.tolist()
-        assert train.total_metrics(groups, logps, args, "train")["train/loss"] == pytest.approx(
-            last["train/loss"], rel=1e-4
-        )
+            logps = [train.response_logps(merged, group["sequences"], 1, 1e9) for group in groups]
+        found = train.total_metrics(groups, logps, args, "train")["train/loss"]
+        assert found == pytest.approx(last["train/loss"], rel=1e-4)
 
 
-def test_an_adapter_goes_on_from_its_checkpoint(tiny, call, run_dir, monkeypatch):
+def test_an_adapter_goes_on_from_its_checkpoint(tiny, ok, call, run_dir, monkeypatch):
     pytest.importorskip("peft")
     command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *ADAPTER, "--save_steps", 2)
-    assert call(*command, "--output_dir", run_dir / "whole" / "06_model")[0] == 0
+    ok(*command, "--output_dir", run_dir / "whole" / "06_model")
     original, calls = train.train_step, []
 
     def stop(*arguments):
@@ -851,20 +672,6 @@ def test_an_adapter_goes_on_from_its_checkpoint(tiny, call, run_dir, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", stop)
         assert "stopped by the test" in call(*command)[2]
-    code, out, err = call(*command)
-    assert code == 0 and "going on from step 2" in out, err
+    assert "going on from step 2" in ok(*command)[0]
     a, b = ((folder / "06_model" / "model.safetensors").read_bytes() for folder in (run_dir, run_dir / "whole"))
     assert a == b
-
-
-def test_a_huge_seed_is_a_seed(tiny, call, run_dir):
-    """FAULTS section 4; the adapter's random factor is drawn by it."""
-    pytest.importorskip("peft")
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), *ADAPTER, "--seed", 10**30)
-    assert code == 0, err
-
-
-def test_an_adapter_without_peft_is_one_line(tiny, call, run_dir, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, _, err = call("06_train", "--run_dir", run_dir, "--model", tiny(), "--lora_rank", 4)
-    assert code == 2 and "--lora_rank needs peft: python -m pip install peft" in err
