@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from forked import Launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -325,3 +326,49 @@ def scored_row(id: str, candidates: list, refined, texts: list[str] | None = Non
         "responses": responses,
         "refined": {"text": f"{id} refined", "scores": refined},
     }
+
+
+def make_record(folder: Path, number: str, **arguments) -> None:
+    """A record as stage `number` leaves it, so that the stages behind know how its rows were made."""
+    arguments = {"objectives": ["harmlessness", "helpfulness"], "score_mode": "constrained"} | arguments
+    record = {"stage": number, "args": arguments, "earlier": {}, "complete": True}
+    (folder / f"{number}_args.json").write_text(json.dumps(record))
+
+
+# ------------------------------------------------------------------------------------ a whole run
+
+PROMPTS = [{"id": f"p{i}", "prompt": f"Question {i}: " + "is it safe to say so? " * (i % 4 + 1)} for i in range(7)]
+PROMPTS.append({"id": "é", "prompt": [*CHAT[:-1], {"role": "user", "content": "Is it <|im_end|> safe?"}]})
+COMMANDS = {
+    "01_sample": ("--system_prob", 0.5, "--n", 3, "--max_new_tokens", 6, "--batch_size", 6),
+    "02_score": ("--score_mode", "expected", "--batch_size", 6, "--judge_probes", PROBES),
+    "03_refine": ("--attempts", 2, "--max_new_tokens", 6, "--batch_size", 4),
+    "04_denoise": ("--consistency", "off"),
+    "05_pairs": ("--delta", 0.01),
+    "06_train": ("--learning_rate", 1e-3, "--batch_size", 4, "--accept_unfit_judge"),
+}
+FILES = {"01_sample": "01_samples.jsonl", "02_score": "02_scores.jsonl", "03_refine": "03_refined.jsonl"}
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A run directory with stages 1 to 6 done, and what they printed; test_recipes.py runs them as a user does."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    prompts = write_rows(run_dir.parent / "prompts.jsonl", PROMPTS)
+    COMMANDS["01_sample"] = ("--prompts", prompts, "--model", tiny(), *COMMANDS["01_sample"])
+    printed = {}
+    for stage, options in COMMANDS.items():
+        code, out, err = Launch(f"{stage}.py", "--run_dir", run_dir, *options).finish()
+        assert code == 0, err[-3000:]
+        printed[stage] = (out, err)
+    return run_dir, printed
+
+
+def copy_run(finished, folder: Path, stage: str, itself: bool = False) -> list[str]:
+    """Puts a copy of the run up to before `stage` into a folder; that stage's command line."""
+    folder.mkdir(exist_ok=True)
+    for before in STAGES[: STAGES.index(stage) + itself]:
+        for file in finished[0].glob(f"{before[:2]}_*"):
+            if file.is_file():
+                shutil.copy(file, folder)
+    return ["--run_dir", str(folder), *map(str, COMMANDS[stage])]

@@ -3,10 +3,12 @@
 They are killed, counted and launched in numbers by the tests; what a user types is tested elsewhere.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -14,6 +16,8 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+
+import common
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -148,3 +152,44 @@ class Launch:
 
     def read(self, name: str) -> str:
         return "".join(Path(self.folder, str(r), name).read_text() for r in range(len(self.running)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """A run's files but its records and locks; one that a kill has left half written would be among them."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and "args" not in file.name}
+
+
+def check_kills(stage: str, start: Path, output: str, options: tuple, folder: Path) -> tuple[int, int]:
+    """Kills a stage before every one of its file events, each time in a copy of the folder `start`: (kills, refusals).
+
+    The same command must then give the same bytes. Meanwhile the next stage refuses the output, or it is the old one,
+    or the whole new one.
+    """
+
+    def begin(run_dir: Path, **kill) -> Launch:
+        return Launch(f"{stage}.py", "--run_dir", run_dir, *options, **kill)
+
+    def usable(run_dir: Path) -> bool:
+        with contextlib.suppress(common.UserError):
+            return bool(common.made_by(run_dir / output))
+        return False
+
+    code, _, err = begin(shutil.copytree(start, folder / "whole")).finish()
+    assert code == 0, err
+    old, whole = contents(start), contents(folder / "whole")
+    kills, refusals, event, killed = 0, 0, 1, [True]
+    while all(killed):  # until it comes to its end
+        folders = [shutil.copytree(start, folder / str(e)) for e in (event, event + 1)]  # two cores
+        launches = [begin(run_dir, kill=(e, str(run_dir))) for e, run_dir in enumerate(folders, event)]
+        killed = [launch.finish()[0] != 0 for launch in launches]
+        for run_dir in folders:
+            now = contents(run_dir)
+            refusals += not usable(run_dir)
+            assert not usable(run_dir) or now.get(output) in (None, old.get(output), whole[output])
+        again = [begin(run_dir) for run_dir in folders]
+        assert [launch.finish()[0] for launch in again] == [0, 0], [launch.read("err") for launch in again]
+        for run_dir in folders:
+            assert contents(run_dir) == whole and usable(run_dir)
+            shutil.rmtree(run_dir)
+        kills, event = kills + sum(killed), event + 2
+    return kills, refusals

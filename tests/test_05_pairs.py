@@ -1,4 +1,4 @@
-"""Stage 5: pairs worked out by hand, the three rules, the report, branching. Kills and a large file: test_04."""
+"""Stage 5: pairs worked out by hand, the three rules, the report, branching, kills. A large file: test_04."""
 
 import importlib
 import json
@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 import spec_reading
-from conftest import read_rows, scored_row, write_rows
-from test_04_denoise import make_record
+from conftest import make_record, read_rows, scored_row, write_rows
+from forked import check_kills
 
 import common
 
@@ -77,11 +77,8 @@ def test_lexicographic_order_of_three():
     ]  # fmt: skip
 
 
-def test_pareto():
-    """Section 2: G_a >=, G_b >. Ours for more: none is worse, and one behind the first is better."""
-    for y in GRID:
-        for z in GRID:
-            assert pairs.is_preferred(y, z, "pareto") == (y[0] >= z[0] and y[1] > z[1])
+def test_pareto_of_more_than_two():
+    """Ours: none is worse, and one behind the first is better. Of two, as in section 2: the independent reading."""
     for y, z, preferred in (
         ([5, 5, 6], [5, 5, 5], True),
         ([6, 6, 5], [5, 5, 5], True),
@@ -109,16 +106,6 @@ def test_expected_scores_lose_their_binary_dust():
 
 
 # ------------------------------------------------------------------------------------ who takes part
-
-
-def test_equal_texts_take_part_once():
-    row = scored_row("a", [[5, 5], [9, 9], [1, 1]], [10, 10], texts=["same", "same", "other"])
-    texts = {(p["chosen"][0]["content"], tuple(p["chosen_scores"])) for p in build(row)}
-    assert ("same", (5, 5)) in texts and ("same", (9, 9)) not in texts
-    row["refined"]["text"] = "other"
-    assert build(row, refined_only=True) == []
-    row = scored_row("a", [None, [9, 9], [1, 1]], None, texts=["same", "same", "other"])
-    assert [p["chosen_scores"] for p in build(row)] == [[9, 9]], "of the scored ones the first"
 
 
 def test_responses_without_text_are_never_taught():
@@ -153,6 +140,14 @@ def test_prompts_of_several_turns_and_the_system_prompt_of_the_preferred():
     assert all(pair["prompt"] == messages for pair in build(row))
     system, *rest = build(row, keep_system=True)[0]["prompt"]
     assert system["role"] == "system" and "Be honest." in system["content"] and rest == messages[1:]
+
+
+def test_what_weighs_a_pair_is_an_option():
+    """lex order with each gap: the total, the total where it rises, a composite's."""
+    row = scored_row("a", [[9, 2], [8, 8]], None)
+    for options, gap in (({}, 5), ({"gap": "signed"}, 0), ({"gap": "composite", "weights": [9, 1]}, 0.3)):
+        (pair,) = build(row, **options)
+        assert pair["chosen_scores"] == [9, 2] and pair["gap"] == pytest.approx(gap), options
 
 
 def test_agrees_with_an_independent_reading_on_2000_random_rows():
@@ -191,13 +186,11 @@ def test_agrees_with_an_independent_reading_on_2000_random_rows():
 # ------------------------------------------------------------------------------------ what it writes and says
 
 
-def test_it_writes_what_it_promises(tmp_path, call):
+def test_it_writes_what_it_promises(tmp_path, ok):
     write_rows(tmp_path / "04_denoised.jsonl", [FIXTURE, scored_row("same", [[5, 5]] * 3, [5, 5])])
     make_record(tmp_path, "04", objectives=["honesty", "helpfulness"])
-    code, out, err = call("05_pairs", "--run_dir", tmp_path)
-    assert code == 0 and err == "", err
-    built = read_rows(tmp_path / "05_pairs.jsonl")
-    assert built == build(FIXTURE)
+    out, err = ok("05_pairs", "--run_dir", tmp_path)
+    assert err == "" and read_rows(tmp_path / "05_pairs.jsonl") == build(FIXTURE)
     record = json.loads((tmp_path / "05_args.json").read_text())
     assert record["complete"] and record["rows"] == 6
     for pattern in (
@@ -228,77 +221,66 @@ def test_margins_of_expected_scores_have_bins_of_their_size():
         assert sum(counts) == 500 and 4 <= len(counts) <= 11, spread
 
 
-def test_no_pair_is_exit_code_3_with_advice(tmp_path, call):
-    write_rows(tmp_path / "04_denoised.jsonl", [scored_row("near", [[5, 5], [5.1, 5]], [5.2, 5.1])])
+def test_no_pair_is_exit_code_3_with_advice(tmp_path, ok, fails):
+    near, command = scored_row("near", [[5, 5], [5.1, 5]], [5.2, 5.1]), ("05_pairs", "--run_dir", tmp_path)
+    write_rows(tmp_path / "04_denoised.jsonl", [near])
     for _ in range(2):  # the same command says the same again
-        code, out, err = call("05_pairs", "--run_dir", tmp_path)
-        assert code == 3 and "the widest of 3 ordered pairs is 0.3 apart" in err and "--delta" in err
-        assert re.search(r"prompts with pairs +0\n", out)
+        out, err = fails("the widest of 3 ordered pairs is 0.3 apart", *command, code=3)
+        assert "--delta" in err and re.search(r"prompts with pairs +0\n", out)
     write_rows(tmp_path / "04_denoised.jsonl", [scored_row("none", [None, [5, 5]], None)])
-    code, _, err = call("05_pairs", "--run_dir", tmp_path, "--overwrite")
-    assert code == 3 and "no prompt has two responses" in err
-    write_rows(tmp_path / "04_denoised.jsonl", [])
-    code, _, err = call("05_pairs", "--run_dir", tmp_path, "--overwrite")
-    assert code == 2 and "no rows" in err
-
-
-def test_gaps_that_are_all_zero_are_warned_of(tmp_path, call):
+    fails("no prompt has two responses", *command, "--overwrite", code=3)
     write_rows(tmp_path / "04_denoised.jsonl", [scored_row("a", [[8, 5], [7, 6]], None)])
-    code, _, err = call("05_pairs", "--run_dir", tmp_path)
-    assert code == 0 and "every gap is 0" in err and "--loss simpo" in err
+    _, err = ok(*command, "--overwrite")
+    assert "every gap is 0" in err and "--loss simpo" in err
 
 
-def test_reward_soups_from_scored_rows_without_refinement(tmp_path, call):
+def test_reward_soups_from_scored_rows_without_refinement(tmp_path, ok, fails):
     row = scored_row("a", [[9, 2], [5, 9], [5, 4]], [1, 1])
     del row["refined"]
     write_rows(tmp_path / "02_scores.jsonl", [row])
     options = ("--input", tmp_path / "02_scores.jsonl", "--rule", "weighted", "--delta", 0)
-    code, _, err = call("05_pairs", "--run_dir", tmp_path, *options, "--weights", 9, 1)
-    assert code == 0, err
+    ok("05_pairs", "--run_dir", tmp_path, *options, "--weights", 9, 1)
     built = read_rows(tmp_path / "05_pairs.jsonl")
     assert [pair["gap"] for pair in built] == [pytest.approx(g) for g in (2.9, 3.4, 0.5)]
     wrong = {(1, 2, 3): "2 numbers >= 0", (1, -1): "2 numbers >= 0", (0, 0): "not all 0", (): "go together"}
     for weights, words in wrong.items():
         given = ("--weights", *weights) if weights else ()
-        code, _, err = call("05_pairs", "--run_dir", tmp_path / "bad", *options, *given)
-        assert code == 2 and words in err and not (tmp_path / "bad").exists(), err
-    code, _, err = call("05_pairs", "--run_dir", tmp_path / "bad", "--weights", 1, 2)
-    assert code == 2 and "go together" in err
-
-
-def test_three_objectives_through_the_stage(tmp_path, call):
-    row = scored_row("a", [[5, 5, 2], [5, 6, 1], [5, 5, 1]], [6, 1, 1])
-    write_rows(tmp_path / "03_refined.jsonl", [row])
-    make_record(tmp_path, "03", objectives=["harmlessness", "honesty", "helpfulness"])
-    options = ("--input", tmp_path / "03_refined.jsonl", "--delta", 1)
-    code, out, err = call("05_pairs", "--run_dir", tmp_path, *options)
-    assert code == 0 and "lex rule on Harmlessness before Honesty before Helpfulness" in out, err
-    assert read_rows(tmp_path / "05_pairs.jsonl") == build(row, delta=1) and len(build(row, delta=1)) == 6
-    options = (*options, "--rule", "weighted", "--weights", 0, 1, 0, "--overwrite")
-    code, _, err = call("05_pairs", "--run_dir", tmp_path, *options)
-    assert code == 0 and read_rows(tmp_path / "05_pairs.jsonl")[0]["chosen_scores"] == [5, 6, 1], err
+        fails(words, "05_pairs", "--run_dir", tmp_path / "bad", *options, *given)
+    fails("go together", "05_pairs", "--run_dir", tmp_path / "bad", "--weights", 1, 2)
+    assert not (tmp_path / "bad").exists()
 
 
 # ------------------------------------------------------------------------------------ runs and kills
 
 
-def test_a_run_branches(tmp_path, call, monkeypatch):
-    write_rows(tmp_path / "base" / "04_denoised.jsonl", [FIXTURE])
-    make_record(tmp_path / "base", "04", objectives=["honesty", "helpfulness"], model="m")
+def test_a_run_branches(tmp_path, ok, fails, monkeypatch):
+    """--input of 04 and 05 takes a run directory or a file, from where the user stands; the rest is beside it."""
+    write_rows(tmp_path / "base" / "03_refined.jsonl", [FIXTURE, scored_row("flat", [[5, 5]] * 3, [9, 9])])
+    make_record(tmp_path / "base", "03", objectives=["honesty", "helpfulness"], model="m")
     monkeypatch.chdir(tmp_path)
-    assert call("05_pairs", "--run_dir", "base")[0] == 0
-    code, out, err = call("05_pairs", "--input", "base", "--run_dir", "four", "--delta", 4)
-    assert code == 0 and "Honesty" in out and "not found" not in err, err
-    assert len(read_rows(tmp_path / "four" / "05_pairs.jsonl")) == 4
-    assert len(read_rows(tmp_path / "base" / "05_pairs.jsonl")) == 6, "the first one is left alone"
-    assert common.made_by(tmp_path / "four" / "05_pairs.jsonl")["04"]["model"] == "m"
-    code, _, err = call("05_pairs", "--run_dir", tmp_path / "empty")
-    assert code == 2 and "04_denoised.jsonl" in err and not (tmp_path / "empty").exists()
+    for run, source in (("one", "base"), ("two", "base/03_refined.jsonl")):
+        out, err = ok("04_denoise", "--input", source, "--run_dir", run, "--rho", 10)
+        assert "Honesty" in out and err == ""
+    one, two = ((tmp_path / run / "04_denoised.jsonl").read_bytes() for run in ("one", "two"))
+    assert one == two and not list((tmp_path / "base").glob("04_*"))
+    ok("05_pairs", "--run_dir", "one")
+    out, err = ok("05_pairs", "--input", "one", "--run_dir", "four", "--delta", 4)
+    assert "Honesty" in out and err == ""
+    assert [len(read_rows(tmp_path / run / "05_pairs.jsonl")) for run in ("one", "four")] == [6, 4]
+    made = common.made_by(tmp_path / "four" / "05_pairs.jsonl")
+    assert (made["03"]["model"], made["04"]["rho"], made["05"]["delta"]) == ("m", 10, 4), "stage 6 finds all it needs"
+    for stage, file in (("04_denoise", "03_refined.jsonl"), ("05_pairs", "04_denoised.jsonl")):
+        fails(f"{file} not found", stage, "--input", "nowhere", "--run_dir", "three")
+    assert not (tmp_path / "three").exists()
 
 
-def test_what_weighs_a_pair_is_an_option():
-    """lex order with each gap: the total, the total where it rises, a composite's."""
-    row = scored_row("a", [[9, 2], [8, 8]], None)
-    for options, gap in (({}, 5), ({"gap": "signed"}, 0), ({"gap": "composite", "weights": [9, 1]}, 0.3)):
-        (pair,) = build(row, **options)
-        assert pair["chosen_scores"] == [9, 2] and pair["gap"] == pytest.approx(gap), options
+@pytest.mark.parametrize("finished", [False, True])
+def test_killed_at_every_file_event(tmp_path, ok, finished):
+    """FAULTS 32 and 33: afterwards the same command gives the same bytes, and nothing half done passes."""
+    start = tmp_path / "start"
+    write_rows(start / "04_denoised.jsonl", [FIXTURE])
+    if finished:
+        ok("05_pairs", "--run_dir", start)
+    options = ("--delta", 4, *["--overwrite"] * finished)
+    kills, refusals = check_kills("05_pairs", start, "05_pairs.jsonl", options, tmp_path)
+    assert kills > 4 and refusals >= 3, "it has looked at something"
