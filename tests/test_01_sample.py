@@ -109,10 +109,9 @@ def test_a_folder_named_like_a_file_and_an_empty_table(tmp_path):
     """FAULTS section 4."""
     (tmp_path / "x.csv").mkdir()
     datasets.Dataset.from_dict({"prompt": []}).to_parquet(str(tmp_path / "x.parquet"))
-    with refused("no such file"):
-        load(tmp_path / "x.csv")
-    with refused("not a readable Parquet file"):
-        load(tmp_path / "x.parquet")
+    for name, words in (("x.csv", "no such file"), ("x.parquet", "not a readable Parquet file")):
+        with refused(words):
+            load(tmp_path / name)
 
 
 def test_split_column(tmp_path):
@@ -128,20 +127,16 @@ def test_split_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "expected"),
+    ("name", "split", "expected", "columns"),
     [
-        ("saferlhf", "train", ("PKU-Alignment/PKU-SafeRLHF", "default", "train")),
-        ("saferlhf", "test", ("PKU-Alignment/PKU-SafeRLHF", "default", "test")),
-        ("wildguard", "train", ("allenai/wildguardmix", "wildguardtrain", "wildguardtrain")),
-        ("wildguard", "test", ("allenai/wildguardmix", "wildguardtest", "wildguardtest")),
+        ("saferlhf", "train", ("PKU-Alignment/PKU-SafeRLHF", "default", "train"), {"is_response_0_safe": True}),
+        ("saferlhf", "test", ("PKU-Alignment/PKU-SafeRLHF", "default", "test"), {"response_0": "r"}),
+        ("wildguard", "train", ("allenai/wildguardmix", "wildguardtrain", "wildguardtrain"), {"adversarial": True}),
+        ("wildguard", "test", ("allenai/wildguardmix", "wildguardtest", "wildguardtest"), {"response": None}),
     ],
 )
-def test_hub_data_sets(monkeypatch, tmp_path, name, split, expected):
+def test_hub_data_sets(monkeypatch, tmp_path, name, split, expected, columns):
     """Read through `datasets` from a small Parquet file with the data set's columns."""
-    columns = {
-        "saferlhf": {"prompt_source": "x", "response_0": "r", "is_response_0_safe": True},
-        "wildguard": {"adversarial": True, "response": None, "prompt_harm_label": "harmful"},
-    }[name]
     path, asked = str(tmp_path / "x.parquet"), []
     datasets.Dataset.from_list([{"prompt": f"{name} {i % 3}"} | columns for i in range(6)]).to_parquet(path)
 
@@ -209,21 +204,25 @@ def test_systems_depend_on_seed_id_and_number_alone():
 
 
 @pytest.fixture
-def stage(call, tiny, tmp_path):
-    """stage(*options, rows=…, model=…) samples into a new folder: (exit code, output, errors, rows)."""
+def stage(ok, tiny, tmp_path):
+    """stage(*options, rows=…, model=…) samples into a new folder: (output, errors, rows)."""
     runs = iter(range(99))
 
-    def run(*options, rows=PROMPTS, model=None, run_dir=None):
+    def start(*options, rows=PROMPTS, model=None, run_dir=None, run=ok):
         run_dir = run_dir or tmp_path / f"run{next(runs)}"
         prompts = write_rows(tmp_path / "prompts.jsonl", rows)
-        fixed = ("--prompts", prompts, "--model", model or tiny(), "--run_dir", run_dir)
-        if "--max_new_tokens" not in options:
-            fixed += ("--max_new_tokens", 5)
-        code, out, err = call("01_sample", *fixed, *options)
+        fixed = ("--prompts", prompts, "--model", model or tiny(), "--run_dir", run_dir, "--max_new_tokens", 5)
+        out, err = run("01_sample", *fixed, *options)
         path = run_dir / "01_samples.jsonl"
-        return code, out, err, read_rows(path) if path.exists() else None
+        return out, err, read_rows(path) if path.exists() else None
 
-    return run
+    return start
+
+
+@pytest.fixture
+def refusing(fails):
+    """refusing(words) is what `stage` runs where a call is to end in a line that says `words`, before any row."""
+    return lambda words: lambda *arguments: fails(words, *arguments)
 
 
 def texts(rows):
@@ -232,95 +231,87 @@ def texts(rows):
 
 def test_samples_depend_on_seed_id_and_number_alone(stage):
     """Not on the batch, the memory, the other prompts, n, or the order of the file."""
-    _, out, _, five = stage("--n", 5)
+    out, _, five = stage("--n", 5)
     assert "01 sample: " in out and "(cpu, float32)" in out and "6 prompts, 5 responses each" in out
     assert "temperature 1, top_p 1, at most 5 tokens" in out
-    assert texts(stage("--n", 3)[3]) == [row[:3] for row in texts(five)]
-    assert stage("--n", 5, "--batch_size", 4)[3] == stage("--n", 5, "--cached_tokens", 300)[3] == five
-    assert stage("--n", 5, rows=PROMPTS[4:1:-1])[3] == five[4:1:-1]
-    assert texts(stage("--n", 5, "--seed", 1)[3]) != texts(five)
-    assert all(len(set(row)) == 1 for row in texts(stage("--n", 5, "--top_p", 0.01)[3]))
+    assert texts(stage("--n", 3)[2]) == [row[:3] for row in texts(five)]
+    assert stage("--n", 5, "--batch_size", 4)[2] == stage("--n", 5, "--cached_tokens", 300)[2] == five
+    assert stage("--n", 5, rows=PROMPTS[4:1:-1])[2] == five[4:1:-1]
+    assert texts(stage("--n", 5, "--seed", 1)[2]) != texts(five)
+    assert all(len(set(row)) == 1 for row in texts(stage("--n", 5, "--top_p", 0.01)[2]))
 
 
-def test_system_prompts_and_conversations(stage, tiny, monkeypatch):
+def test_system_prompts_and_conversations(stage, monkeypatch):
     """The honest system prompt comes before a conversation's own; what the model is asked is what is written."""
     asked, encode = [], common.Local.encode
     monkeypatch.setattr(common.Local, "encode", lambda self, chat: asked.append(chat) or encode(self, chat))
-    _, _, _, rows = stage("--n", 9, "--system_prob", 0.5, rows=[{"id": "c", "prompt": CHAT}, PROMPTS[0]])
+    _, _, rows = stage(
+        "--n", 9, "--system_prob", 0.5, rows=[{"id": "c", "prompt": CHAT}, {"id": "q", "prompt": "Why?"}]
+    )
     systems = [r["system"] for row in rows for r in row["responses"]]
     assert set(systems) == {None, sample.HONEST_SYSTEM_PROMPT} and rows[0]["prompt"] == CHAT
-    seen = {json.dumps(chat) for chat in asked}
     honest = {"role": "system", "content": f"{sample.HONEST_SYSTEM_PROMPT}\n\nBe brief."}
-    assert seen == {
-        json.dumps(chat)
-        for chat in (CHAT, [honest, *CHAT[1:]], common.as_messages(PROMPTS[0]["prompt"].strip()),
-                     common.as_messages(PROMPTS[0]["prompt"].strip(), sample.HONEST_SYSTEM_PROMPT))
-    }  # fmt: skip
+    question = [common.as_messages("Why?", system) for system in (None, sample.HONEST_SYSTEM_PROMPT)]
+    assert {json.dumps(chat) for chat in asked} == {*map(json.dumps, (CHAT, [honest, *CHAT[1:]], *question))}
 
 
 def test_what_met_the_limit_says_so(stage):
     """FAULTS 6: in the row, and as a warning with its share."""
-    _, out, err, rows = stage("--n", 3, "--max_new_tokens", 2)
+    out, err, rows = stage("--n", 3, "--max_new_tokens", 2)
     cut = [r["truncated"] for row in rows for r in row["responses"]]
     assert sum(cut) > 9 and f"warning: {sum(cut)} of 18 responses" in err and "06 will not teach an ending there" in err
     assert all(set(r) == {"text", "system", "truncated"} for row in rows for r in row["responses"])
     assert "responses: 18" in out and "tokens/s" in out and "next: python 02_score.py" in out
 
 
-def test_prompts_that_do_not_fit_are_left_out(stage):
+def test_prompts_that_do_not_fit_are_left_out(stage, refusing):
     long = {"id": "long", "prompt": "start " + "word " * 2000 + "the end?"}
-    code, out, _, rows = stage("--n", 3, rows=[*PROMPTS, long])
-    assert code == 0 and [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
+    out, _, rows = stage("--n", 3, rows=[*PROMPTS, long])
+    assert [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
     assert "- too long for the context       1" in out
-    code, _, err, _ = stage("--n", 3, rows=[long])
-    assert code == 2 and "every prompt is too long for the context" in err
+    stage("--n", 3, rows=[long], run=refusing("every prompt is too long for the context"))
 
 
 def test_few_samples_when_asked_for(stage):
-    code, _, err, _ = stage("--n", 2)
-    assert code == 0 and "det Σ needs 3 responses or more" in err
-    code, _, err, rows = stage("--n", 1, "--temperature", 0)
-    assert code == 0 and len(rows[0]["responses"]) == 1
-    assert rows == stage("--n", 1, "--temperature", 0, "--seed", 5)[3], "greedy"
+    assert "det Σ needs 3 responses or more" in stage("--n", 2)[1]
+    _, _, rows = stage("--n", 1, "--temperature", 0)
+    assert len(rows[0]["responses"]) == 1
+    assert rows == stage("--n", 1, "--temperature", 0, "--seed", 10**30)[2], "greedy, and a huge seed is a seed"
 
 
-def test_a_model_without_a_chat_template(stage, tiny, call, tmp_path):
-    code, _, err, _ = stage("--n", 3, model=tiny("no_template"))
-    assert code == 2 and "pass --chat_template FILE" in err
-    template = tmp_path / "chat.jinja"
+def test_a_model_without_a_chat_template(stage, refusing, tiny, ok, tmp_path):
+    bare, template, run_dir = tiny("no_template"), tmp_path / "chat.jinja", tmp_path / "own"
+    stage("--n", 3, model=bare, run=refusing("pass --chat_template FILE"))
     template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}>")
-    run_dir = tmp_path / "own"
-    assert stage("--n", 3, "--chat_template", template, model=tiny("no_template"), run_dir=run_dir)[0] == 0
+    stage("--n", 3, "--chat_template", template, model=bare, run_dir=run_dir)
     template.write_text("Gone")
-    assert call("02_score", "--run_dir", run_dir, "--no-judge_check")[0] == 0, (
-        "the template's text is handed on to the next stage"
-    )
+    ok("02_score", "--run_dir", run_dir, "--no-judge_check")  # the template's text is handed on to the next stage
 
 
-def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage, tmp_path):
+def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage, refusing, tmp_path):
     """FAULTS 37 and 38."""
     run_dir = tmp_path / "run"
-    _, _, _, rows = stage("--n", 3, run_dir=run_dir)
+    _, _, rows = stage("--n", 3, run_dir=run_dir)
     (run_dir / "01_samples.jsonl").write_text(common.dump_row(rows[2]))  # as a kill may leave it
     record = json.loads((run_dir / "01_args.json").read_text())
     (run_dir / "01_args.json").write_text(json.dumps(record | {"complete": False}))
-    code, _, err, again = stage("--n", 3, "--batch_size", 3, "--cached_tokens", 99, run_dir=run_dir)
-    assert code == 0 and again == rows, err
+    assert stage("--n", 3, "--batch_size", 3, "--cached_tokens", 99, run_dir=run_dir)[2] == rows
     moved = write_rows(tmp_path / "elsewhere.jsonl", PROMPTS)
-    code, out, _, _ = stage("--n", 3, "--prompts", moved, run_dir=run_dir)
-    assert code == 0 and "is complete already; --overwrite redoes it" in out
-    code, _, err, _ = stage("--n", 3, rows=PROMPTS[:5], run_dir=run_dir)
-    assert code == 2 and "prompts is another than when 01_sample.py ran" in err
+    out, _, _ = stage("--n", 3, "--prompts", moved, run_dir=run_dir)
+    assert "is complete already; --overwrite redoes it" in out
+    other = refusing("prompts is another than when 01_sample.py ran")
+    stage("--n", 3, rows=PROMPTS[:5], run_dir=run_dir, run=other)
 
 
 def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
     """Long prompts, whose tokens are counted before anything is sampled."""
     rows = [row | {"id": f"{i}", "prompt": row["prompt"] + "so " * 250} for i, row in enumerate(PROMPTS)]
-    _, _, _, made = stage("--n", 3, "--batch_size", 3, rows=rows, run_dir=tmp_path / "run")
+    options = {"rows": rows, "run_dir": tmp_path / "run"}
+    _, _, made = stage("--n", 3, "--batch_size", 3, **options)
     (tmp_path / "run" / "01_samples.jsonl").write_text("".join(map(common.dump_row, made[:1] + made[2:])))
     seen, encode = [], common.Local.encode
     monkeypatch.setattr(common.Local, "encode", lambda self, chat: seen.append(chat) or encode(self, chat))
-    assert stage("--n", 3, "--batch_size", 3, rows=rows, run_dir=tmp_path / "run")[3] == made
+    assert stage("--n", 3, "--batch_size", 3, **options)[2] == made
     assert {chat[-1]["content"] for chat in seen} == {made[1]["prompt"]} and len(made) == 6
 
 
@@ -345,14 +336,9 @@ def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
         (("--seed", "x"), "invalid int value"),
     ],
 )
-def test_bad_options_are_one_line_and_leave_nothing(stage, tmp_path, options, words):
-    code, _, err, rows = stage(*options, run_dir=tmp_path / "run")
-    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
-    assert err.startswith("01_sample.py: error: ") and rows is None
-
-
-def test_a_huge_seed_is_a_seed(stage):
-    assert stage("--n", 3, "--seed", 10**30)[0] == 0
+def test_bad_options_are_one_line_and_leave_nothing(stage, refusing, options, words):
+    _, err, rows = stage(*options, run=refusing(words))
+    assert len(err.strip().splitlines()) == 1 and rows is None, err
 
 
 def test_prompts_of_an_earlier_run_are_kept_out(tmp_path):
