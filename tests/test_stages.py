@@ -11,51 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, PROBES, ROOT, STAGES, read_rows, run_script, wait, write_rows
-from forked import Launch
+from conftest import COMMANDS, FILES, PROMPTS, ROOT, STAGES, copy_run, read_rows, run_script, wait, write_rows
+from forked import Launch, contents
 
 import common
-
-PROMPTS = [{"id": f"p{i}", "prompt": f"Question {i}: " + "is it safe to say so? " * (i % 4 + 1)} for i in range(7)]
-PROMPTS.append({"id": "chat", "prompt": [*CHAT[:-1], {"role": "user", "content": "Is it <|im_end|> safe?"}]})
-COMMANDS = {
-    "01_sample": ("--system_prob", 0.5, "--n", 3, "--max_new_tokens", 6, "--batch_size", 6),
-    "02_score": ("--score_mode", "expected", "--batch_size", 6, "--judge_probes", PROBES),
-    "03_refine": ("--attempts", 2, "--max_new_tokens", 6, "--batch_size", 4),
-    "04_denoise": ("--consistency", "off"),
-    "05_pairs": ("--delta", 0.01),
-    "06_train": ("--learning_rate", 1e-3, "--batch_size", 4, "--accept_unfit_judge"),
-}
-FILES = {"01_sample": "01_samples.jsonl", "02_score": "02_scores.jsonl", "03_refine": "03_refined.jsonl"}
-
-
-@pytest.fixture(scope="session")
-def finished(tiny, tmp_path_factory):
-    """A run directory with stages 1 to 6 done, and what they printed; test_recipes.py runs them as a user does."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    prompts = write_rows(run_dir.parent / "prompts.jsonl", PROMPTS)
-    COMMANDS["01_sample"] = ("--prompts", prompts, "--model", tiny(), *COMMANDS["01_sample"])
-    printed = {}
-    for stage, options in COMMANDS.items():
-        code, out, err = Launch(f"{stage}.py", "--run_dir", run_dir, *options).finish()
-        assert code == 0, err[-3000:]
-        printed[stage] = (out, err)
-    return run_dir, printed
-
-
-def copy_run(finished, folder: Path, stage: str, itself: bool = False) -> list[str]:
-    """Puts a copy of the run up to before `stage` into a folder; that stage's command line."""
-    folder.mkdir(exist_ok=True)
-    for before in STAGES[: STAGES.index(stage) + itself]:
-        for file in finished[0].glob(f"{before[:2]}_*"):
-            if file.is_file():
-                shutil.copy(file, folder)
-    return ["--run_dir", str(folder), *map(str, COMMANDS[stage])]
-
-
-def contents(folder: Path) -> dict:
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and "args" not in f.name}
-
 
 # ------------------------------------------------------------------------------------ the whole pipeline
 
@@ -83,7 +42,7 @@ def test_six_stages(finished, tiny):
         for side in ("chosen", "rejected"):
             assert by_text[pair["id"], pair[side][0]["content"]] == pair[f"{side}_scores"]
         assert pair["chosen_scores"] > pair["rejected_scores"] and pair["margin"] >= 0.01
-        assert pair["id"] != "chat" or pair["prompt"] == PROMPTS[-1]["prompt"], "the same messages"
+        assert pair["id"] != "é" or pair["prompt"] == PROMPTS[-1]["prompt"], "the same messages"
     assert (run_dir / "06_model" / "model.safetensors").exists()
     for stage in STAGES:
         record = json.loads((run_dir / f"{stage[:2]}_args.json").read_text())
@@ -116,7 +75,7 @@ def score(prompts, responses):  # three numbers from the text alone
 
 
 @pytest.mark.parametrize("way", ["objectives", "scorer", "judge prompt"])
-def test_an_ablation_is_one_option_or_one_constant(way, tiny, tmp_path, call, monkeypatch):
+def test_an_ablation_is_one_option_or_one_constant(way, tiny, tmp_path, ok, monkeypatch):
     """A third objective, an own scorer, another judge prompt: through 01 to 05 without another word."""
     prompts = write_rows(tmp_path / "prompts.jsonl", PROMPTS[:4])
     (tmp_path / "own.py").write_text(OWN)
@@ -127,13 +86,14 @@ def test_an_ablation_is_one_option_or_one_constant(way, tiny, tmp_path, call, mo
         other = "{instruction_part}{response}\n\nHow good is that? {count} numbers, {dimensions}:\n{fields}"
         monkeypatch.setattr(common, "JUDGE_TEMPLATE", other)
         options = ("--score_mode", "expected")
-    k, run_dir = 2 if way == "judge prompt" else 3, tmp_path / "run"
+    k, run_dir, asked, encode = 2 if way == "judge prompt" else 3, tmp_path / "run", [], common.Local.encode
+    monkeypatch.setattr(common.Local, "encode", lambda self, chat: asked.append(str(chat)) or encode(self, chat))
     sampling = ("--prompts", prompts, "--model", tiny("long"), "--n", k + 2, "--max_new_tokens", 8)
     steps = [("01_sample", *sampling), ("02_score", *options), ("03_refine", "--max_new_tokens", 8)]
     steps += [("04_denoise", "--consistency", "off", "--rho", 10**6), ("05_pairs", "--delta", 0)]
     for stage, *more in steps:
-        code, out, err = call(stage, "--run_dir", run_dir, *more)
-        assert code == 0, err
+        out, _ = ok(stage, "--run_dir", run_dir, *more)
+    assert any("How good is that? two numbers" in chat for chat in asked) == (way == "judge prompt")
     rows, pairs = read_rows(run_dir / "04_denoised.jsonl"), read_rows(run_dir / "05_pairs.jsonl")
     for response in [r for row in rows for r in [*row["responses"], row["refined"]] if r["scores"]]:
         assert len(response["scores"]) == k
@@ -150,7 +110,7 @@ def test_an_ablation_is_one_option_or_one_constant(way, tiny, tmp_path, call, mo
 
 
 @pytest.mark.parametrize("stage", FILES)
-def test_resumes_from_every_row_and_any_byte(finished, tmp_path, call, stage):
+def test_resumes_from_every_row_and_any_byte(finished, tmp_path, ok, stage):
     """FAULTS 35: cut at rows, in a row, in a character; any subset of rows may be there first."""
     arguments = copy_run(finished, tmp_path, stage, itself=True)
     output, whole = tmp_path / FILES[stage], (finished[0] / FILES[stage]).read_bytes()
@@ -161,51 +121,44 @@ def test_resumes_from_every_row_and_any_byte(finished, tmp_path, call, stage):
         record["complete"] = i % 2 == 0  # what it says does not matter where rows are missing
         (tmp_path / f"{stage[:2]}_args.json").write_text(json.dumps(record))
         output.write_bytes(cut)
-        code, _, err = call(stage, *arguments)
-        assert code == 0, err
+        ok(stage, *arguments)
         assert output.read_bytes() == whole or (i == 5 and not record["complete"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_finished_stage_is_not_done_again_and_other_arguments_are_refused(
-    finished, tmp_path, call, stage, monkeypatch
+    finished, tmp_path, ok, fails, stage, monkeypatch
 ):
     run_dir = shutil.copytree(finished[0], tmp_path / "moved" / "run")  # FAULTS 38: moved, or named relatively
-    arguments, before = ["--run_dir", str(run_dir), *map(str, COMMANDS[stage])], contents(run_dir)
-    code, out, err = call(stage, *arguments)
-    assert code == 0 and "is complete already; --overwrite" in out, err
-    assert contents(run_dir) == before
+    before = contents(run_dir)
     monkeypatch.chdir(tmp_path / "moved")
-    code, out, err = call(stage, "--run_dir", "run", *COMMANDS[stage])
-    assert code == 0 and "is complete already" in out, err
-    code, _, err = call(stage, *arguments, "--seed", 5)
-    assert code == 2 and "was made with --seed 0, not 5" in err and "--overwrite" in err
-    assert err.count("error: ") == 1 and "Traceback" not in err, err
+    for name in (run_dir, "run"):
+        out, _ = ok(stage, "--run_dir", name, *COMMANDS[stage])
+        assert "is complete already; --overwrite" in out and contents(run_dir) == before
+    _, err = fails("was made with --seed 0, not 5", stage, "--run_dir", run_dir, *COMMANDS[stage], "--seed", 5)
+    assert "--overwrite" in err
 
 
-def test_overwrite_does_it_again_and_the_next_stage_notices(finished, tmp_path, call):
+def test_overwrite_does_it_again_and_the_next_stage_notices(finished, tmp_path, ok, fails):
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
-    arguments = ("--run_dir", run_dir, *COMMANDS["01_sample"])
-    code, _, err = call("01_sample", *arguments, "--seed", 5, "--overwrite")
-    assert code == 0, err
+    ok("01_sample", "--run_dir", run_dir, *COMMANDS["01_sample"], "--seed", 5, "--overwrite")
     assert (run_dir / "01_samples.jsonl").read_bytes() != (finished[0] / "01_samples.jsonl").read_bytes()
-    code, _, err = call("02_score", "--run_dir", run_dir, *COMMANDS["02_score"])
-    assert code == 2 and "source is another than when 02_score.py ran" in err
+    words = "source is another than when 02_score.py ran"
+    fails(words, "02_score", "--run_dir", run_dir, *COMMANDS["02_score"])
 
 
 @pytest.mark.parametrize("stage", ["02_score", "03_refine", "06_train"])
-def test_no_model_is_guessed(finished, tmp_path, call, stage):
+def test_no_model_is_guessed(finished, tmp_path, fails, stage):
     """FAULTS 4: only a stage's file, without its record, in a new directory; the first guess would go on to stage 6."""
     arguments = copy_run(finished, tmp_path, stage)
     for record in tmp_path.glob("*_args.json"):
         record.unlink()
-    code, _, err = call(stage, *arguments)
-    assert code == 2 and "says which model wrote these responses: pass --model" in err, err
+    fails("says which model wrote these responses: pass --model", stage, *arguments)
     assert not (tmp_path / f"{stage[:2]}_args.json").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_what_is_not_whole_is_refused(finished, tmp_path, call, stage):
+def test_what_is_not_whole_is_refused(finished, tmp_path, fails, stage):
     """An unfinished predecessor; FAULTS 39: a file cut at a row's end; no file at all; no rows."""
     arguments = copy_run(finished, tmp_path, stage)
     source = max(path for path in tmp_path.glob("0*.jsonl") if path.name not in ("04_dropped.jsonl",))
@@ -219,45 +172,31 @@ def test_what_is_not_whole_is_refused(finished, tmp_path, call, stage):
     ]:
         source.write_bytes(content)
         record.write_text(json.dumps(json.loads(text) | change))
-        code, _, err = call(stage, *arguments)
-        assert code == 2 and words in err and "Traceback" not in err, err
-        assert not (tmp_path / FILES.get(stage, "05_pairs.jsonl" if stage == "05_pairs" else "none")).exists()
+        fails(words, stage, *arguments)
+        assert not list(tmp_path.glob(f"{stage[:2]}_*l"))
     source.unlink()
-    code, _, err = call(stage, *arguments)
-    assert code == 2 and f"{source.name} not found; run {STAGES[STAGES.index(stage) - 1]}.py" in err
+    fails(f"{source.name} not found; run {STAGES[STAGES.index(stage) - 1]}.py", stage, *arguments)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--no_such_option", 3), "unknown option --no_such_option"),
-        (("--seed", "one"), "invalid int value: 'one'"),
-        (("--run_dir", "FILE"), ""),
-    ],
-)
-def test_wrong_options_are_one_line(stage, options, words, tmp_path, call, tiny):
+def test_wrong_options_are_one_line(stage, tmp_path, fails, tiny):
     (tmp_path / "FILE").write_text("a file")
-    options = tuple(tmp_path / "FILE" if option == "FILE" else option for option in options)
-    if stage == "01_sample":
-        options += ("--model", tiny())
-    code, _, err = call(stage, *(options if "--run_dir" in options else ("--run_dir", tmp_path / "run", *options)))
-    assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
-    assert words in err or (words == "" and err.splitlines()[-1].startswith(f"{stage}.py: error: "))
+    model = ("--model", tiny()) if stage == "01_sample" else ()
+    fails("unknown option --no_such_option", stage, "--run_dir", tmp_path / "run", "--no_such_option", 3)
+    fails("", stage, "--run_dir", tmp_path / "FILE", *model)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_second_run_is_refused_while_the_first_one_lives(finished, tmp_path, call, stage):
+def test_a_second_run_is_refused_while_the_first_one_lives(finished, tmp_path, fails, stage):
     """FAULTS 36: the first one, halted right after its lock, goes on as if nothing had been."""
     command = copy_run(finished, tmp_path, stage)
     first = Launch(f"{stage}.py", *command, kill=(4, str(tmp_path), signal.SIGSTOP))
     try:
         wait(lambda: Path(f"/proc/{first.running[0].pid}/stat").read_text().rsplit(")")[-1].split()[0] == "T")
         before = contents(tmp_path)
-        code, _, err = call(stage, *command)
+        fails("another process is at work on", stage, *command)
     finally:
         os.kill(first.running[0].pid, signal.SIGCONT)
-    assert code == 2 and "another process is at work on" in err.splitlines()[-1] and err.count("error: ") == 1, err
     assert first.finish()[0] == 0
     files = contents(tmp_path)
     assert files == {name: (finished[0] / name).read_bytes() for name in files} and len(files) > len(before)
@@ -282,12 +221,12 @@ def test_a_read_only_directory_is_one_line(finished, tmp_path, stage):
     assert code == 0 and contents(tmp_path / "other") and contents(run_dir) == before, err
 
 
-OUTPUTS = [*list(FILES.items())[1:], ("04_denoise", "04_denoised.jsonl"), ("05_pairs", "05_pairs.jsonl")]
+OUTPUTS = [*FILES.items(), ("04_denoise", "04_denoised.jsonl"), ("05_pairs", "05_pairs.jsonl")]
 
 
 @pytest.mark.parametrize(("stage", "output"), OUTPUTS)
 def test_a_full_disk_is_one_line_and_what_it_says_is_true(finished, tmp_path, stage, output):
-    """FAULTS 34; 01 and 06: test_sample_processes.py, test_resume.py."""
+    """FAULTS 34; 06: test_resume.py."""
     command, whole = copy_run(finished, tmp_path, stage), (finished[0] / output).read_bytes()
     code, _, err = Launch(f"{stage}.py", *command, limit=len(whole) * 2 // 3).finish()
     assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
@@ -312,39 +251,32 @@ def test_a_reader_that_leaves_before_the_end(finished, tmp_path):
     stage = ("05_pairs.py", "--run_dir", run_dir, *COMMANDS["05_pairs"], "--overwrite")
     last_line = ("-c", "import common; common.run_stage(lambda args: print('next: …'), common.RunArgs)")
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    for command in (stage, last_line):
+    for command in (stage, last_line, ("04_denoise.py", "--help")):
         options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": buffered}
         process = subprocess.Popen([sys.executable, *map(str, command)], **options)
         process.stdout.close()
         err = process.stderr.read()
-        assert process.wait(60) == 141 and "Error" not in err and "Traceback" not in err, err
+        assert "Traceback" not in err, err
+        assert "--help" in command or (process.wait(60) == 141 and "Error" not in err), err
 
 
-def test_help_is_the_documentation():
+def test_help_is_the_documentation_also_on_a_poor_terminal(finished, tmp_path):
+    """FAULTS section 4: output in cp1252 or ASCII: no traceback."""
     done = run_script("04_denoise.py", "--help")
     assert done.returncode == 0 and "Algorithm 1, lines 11-21" in done.stdout and "(default: 30.0)" in done.stdout
-
-
-def test_terminals_that_are_poor_and_readers_that_leave(finished, tmp_path):
-    """FAULTS section 4: output in cp1252 or ASCII, and a closed pipe: no traceback."""
     run_dir = shutil.copytree(finished[0], tmp_path / "run")
     for name in ("cp1252", "ascii"):
         options = ("--run_dir", run_dir, *COMMANDS["04_denoise"], "--overwrite")
         done = run_script("04_denoise.py", *options, env=os.environ | {"PYTHONIOENCODING": name}, errors="replace")
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    script = f"{sys.executable} {ROOT}/04_denoise.py --help | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
 
 
-def test_layers_spread_over_devices_give_the_same_files(finished, tmp_path, call, monkeypatch):
+def test_layers_spread_over_devices_give_the_same_files(finished, tmp_path, ok, fails, monkeypatch):
     """FAULTS 37: --device_map on one device; it may change on resume. test_common.py tests layers moved by hooks."""
     for stage, file in FILES.items():
-        code, _, err = call(stage, "--run_dir", tmp_path, *COMMANDS[stage], "--device_map", "auto")
-        assert code == 0, err
+        ok(stage, "--run_dir", tmp_path, *COMMANDS[stage], "--device_map", "auto")
         assert (tmp_path / file).read_bytes() == (finished[0] / file).read_bytes()
-        code, out, err = call(stage, "--run_dir", tmp_path, *COMMANDS[stage])
-        assert code == 0 and "is complete already" in out, err
+        assert "is complete already" in ok(stage, "--run_dir", tmp_path, *COMMANDS[stage])[0]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = call("02_score", "--run_dir", tmp_path, "--device_map", "auto", "--overwrite")
-    assert code == 2 and "--device_map needs a single process" in err
+    words = "--device_map needs a single process"
+    fails(words, "02_score", "--run_dir", tmp_path, "--device_map", "auto", "--overwrite")
