@@ -9,9 +9,6 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-TROUBLE = ("429", "500", "503", "cut", "reset", "garbage", "shapeless", "nested", "null", "error")
-TROUBLE += ("aborted", "slow", "drip", "drip_head")
-
 
 def answer(body: dict) -> str:
     """What the model says: scores if a judge is asked, else a few words."""
@@ -29,6 +26,17 @@ def whole_answer(content, reason: str | None = "stop", **message) -> dict:
     choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content} | message}
     usage = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
     return {"id": "x", "choices": [choice], "usage": usage}
+
+
+BODIES = {  # of answers that are none, with status 200
+    "garbage": b"<html>proxy error</html>",
+    "shapeless": b'{"choices": []}',
+    "null": json.dumps(whole_answer(None, None)).encode(),
+    "aborted": json.dumps(whole_answer("half an", "abort")).encode(),
+    "nested": b"[" * 100_000,
+    "error": b'{"error": {"message": "upstream has \\u001b[31mfallen", "code": 502}}',
+}
+TROUBLE = ("429", "500", "503", "cut", "reset", "slow", "drip", "drip_head", *BODIES)
 
 
 class ChatServer:
@@ -85,18 +93,8 @@ class ChatServer:
                     for byte in (whole if what == "drip" else head[9:])[:40]:
                         time.sleep(0.05)
                         self.wfile.write(bytes([byte]))
-                elif what == "garbage":
-                    self.reply(200, b"<html>proxy error</html>")
-                elif what == "shapeless":
-                    self.reply(200, b'{"choices": []}')
-                elif what == "null":
-                    self.reply(200, json.dumps(whole_answer(None, None)).encode())
-                elif what == "aborted":
-                    self.reply(200, json.dumps(whole_answer("half an", "abort")).encode())
-                elif what == "nested":
-                    self.reply(200, b"[" * 100_000)
-                elif what == "error":
-                    self.reply(200, b'{"error": {"message": "upstream has \\u001b[31mfallen", "code": 502}}')
+                elif isinstance(what, str) and what in BODIES:
+                    self.reply(200, BODIES[what])
                 elif isinstance(what, str) and what.isdigit():
                     key = self.headers["Authorization"]
                     message = json.dumps({"error": {"message": f"status {what} for {key}"}}).encode()

@@ -15,13 +15,8 @@ class LlamaServer:
     """Runs until `close`; `url` as for --endpoint."""
 
     def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, __file__], text=True, **pipes)
         address = self.process.stdout.readline().strip()
         assert address, "llama.cpp's server did not start: python tests/llama_server.py tells why"
         self.url = f"{address}/v1"

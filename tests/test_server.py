@@ -1,8 +1,8 @@
 """Server, the engine behind --endpoint: against llama.cpp's own server, and one that misbehaves on purpose."""
 
+import contextlib
 import json
 import math
-import random
 import re
 import shutil
 import signal
@@ -12,7 +12,7 @@ import time
 
 import pytest
 from chat_server import TROUBLE, ChatServer, answer, whole_answer
-from conftest import PROBES, ROOT, count_rows, read_rows, wait, write_rows
+from conftest import PROBES, ROOT, read_rows, refused, wait, write_rows
 from forked import Launch
 from llama_server import NAME, SLOT, LlamaServer
 
@@ -33,7 +33,8 @@ def no_waiting(monkeypatch):
 
 
 def engine(server, model="served", key=None, concurrency=4, timeout=60.0, retries=2):
-    return common.Server(server.url, model, key, concurrency, timeout, retries, "SPA_API_KEY")
+    url = server if isinstance(server, str) else server.url
+    return common.Server(url, model, key, concurrency, timeout, retries)
 
 
 def chats(*texts):
@@ -61,37 +62,34 @@ def probabilities(steps, text, start, end, options):
 
 
 DIGITS = [str(k) for k in range(1, 11)]
+BEGUN = [("{", {"{": 1.0}), ("1", {"1": 0.4, "7": 0.4, "x": 0.2})]
+AFTER = {",": 0.3, "0": 0.1, "2": 0.5}
+TENS = {"7": 0.5, "1": 0.375, "10": 0.125}
 
 
-def test_ten_as_two_tokens():
-    """P(10) = P(1) · P(0 | 1), P(0 | 1) = P(0) / (P(0) + P(what the skeleton goes on with))."""
-    steps = [("{", {"{": 1.0}), ("1", {"1": 0.4, "7": 0.4, "x": 0.2}), (",", {",": 0.3, "0": 0.1, "2": 0.5})]
-    found, untold = probabilities(steps, "{1,", 1, 2, DIGITS)
-    assert found == {"7": 0.5, "1": 0.375, "10": 0.125} and not untold
-    steps[2] = ("0", steps[2][1])
-    assert probabilities([*steps, (",", {",": 1.0})], "{10,", 1, 3, DIGITS) == (found, [])
-
-
-def test_what_an_unwritten_digit_hides():
-    steps = [("{", {"{": 1.0}), ("7", {"1": 0.6, "7": 0.3, "8": 0.1})]
-    assert probabilities(steps, "{7,", 1, 2, DIGITS) == ({"7": 0.3, "8": 0.1}, [(["1", "10"], 0.6)])
-
-
-def test_ten_as_one_token():
-    steps = [("7", {"10": 0.2, "1": 0.2, "7": 0.5, "7,": 0.1})]
-    assert probabilities(steps, "7,", 0, 1, DIGITS) == ({"10": 0.2, "1": 0.2, "7": 0.6}, [])
-
-
-def test_a_token_that_begins_before_the_blank_or_goes_on_behind_it():
-    steps = [(":", {":": 1.0}), (" 7,", {" 7,": 0.5, " 8": 0.3, " ": 0.2})]  # " " tells nothing of the digit
-    assert probabilities(steps, ": 7,", 2, 3, DIGITS) == ({"7": 0.625, "8": 0.375}, [])
-
-
-def test_words_of_several_tokens():
-    steps = [("un", {"un": 0.25, "safe": 0.75}), ("safe", {"safe": 1.0})]
-    assert probabilities(steps, "unsafe", 0, 6, ["safe", "unsafe"]) == ({"safe": 0.75, "unsafe": 0.25}, [])
-    steps = [("1", {"1": 1.0})]
-    assert probabilities(steps, "1", 0, 1, ["1", "10"]) == ({"1": 1.0}, []), "no server tells more"
+@pytest.mark.parametrize(
+    ("steps", "text", "place", "options", "found", "untold"),
+    [
+        # 10 is two tokens: P(10) = P(1) · P(0 | 1), P(0 | 1) = P(0) / (P(0) + P(what the skeleton goes on with))
+        ([*BEGUN, (",", AFTER)], "{1,", (1, 2), DIGITS, TENS, []),
+        ([*BEGUN, ("0", AFTER), (",", {",": 1.0})], "{10,", (1, 3), DIGITS, TENS, []),
+        # what an unwritten digit hides
+        ([BEGUN[0], ("7", {"1": 0.6, "7": 0.3, "8": 0.1})], "{7,", (1, 2), DIGITS,
+         {"7": 0.3, "8": 0.1}, [(["1", "10"], 0.6)]),
+        # 10 is one token
+        ([("7", {"10": 0.2, "1": 0.2, "7": 0.5, "7,": 0.1})], "7,", (0, 1), DIGITS,
+         {"10": 0.2, "1": 0.2, "7": 0.6}, []),
+        # a token begins before the blank and goes on behind it; " " tells nothing of the digit
+        ([(":", {":": 1.0}), (" 7,", {" 7,": 0.5, " 8": 0.3, " ": 0.2})], ": 7,", (2, 3), DIGITS,
+         {"7": 0.625, "8": 0.375}, []),
+        # words of several tokens
+        ([("un", {"un": 0.25, "safe": 0.75}), ("safe", {"safe": 1.0})], "unsafe", (0, 6), ["safe", "unsafe"],
+         {"safe": 0.75, "unsafe": 0.25}, []),
+        ([("1", {"1": 1.0})], "1", (0, 1), ["1", "10"], {"1": 1.0}, []),  # no server tells more
+    ],
+)  # fmt: skip
+def test_probabilities_along_the_tokens_of_an_answer(steps, text, place, options, found, untold):
+    assert probabilities(steps, text, *place, options) == (found, untold)
 
 
 def test_the_forms_that_servers_take():
@@ -106,9 +104,8 @@ def test_the_forms_that_servers_take():
     with pytest.raises(ValueError):
         common.form_schema(["Verdict: ", "."], [["A"]])
     odd = ["a.b (c|d) [e] {f} ^$*+?\\ ü\n", ""], [["1|2", "(3)"]]
-    assert (
-        re.fullmatch(common.form_regex(*odd), odd[0][0] + "1|2") and common.join_form(*odd, json.dumps).count('"') == 8
-    )
+    assert re.fullmatch(common.form_regex(*odd), odd[0][0] + "1|2")
+    assert common.join_form(*odd, json.dumps).count('"') == 8
 
 
 # -- a real one: llama.cpp
@@ -132,24 +129,21 @@ def judge_chats(*responses):
     return chats(*(common.judge_prompt(objectives, "How do I bake bread?", text, True) for text in responses))
 
 
-def test_a_real_server_completes(real):
+def test_a_real_server_completes(real, llama, capsys):
     real.open()
     assert real.context == SLOT, "of one slot"
-    first, again, other = complete(real, "Tell me a story", "Tell me a story", "Tell me a story"), None, None
+    first = complete(real, "Tell me a story", "Tell me a story", "Tell me a story")
     assert len({one.text for one in first}) == 3, "each seed draws its own"
     assert all(one.truncated and one.tokens == 9 for one in first)
-    again = complete(real, "Tell me a story")
-    assert again[0] == first[0], "the same seed draws the same"
-    short = real.complete([HELLO], [0], max_new_tokens=200, temperature=0.0)[0]
-    other = real.complete([HELLO], [7], max_new_tokens=200, temperature=0.0)[0]
+    assert complete(real, "Tell me a story")[0] == first[0], "the same seed draws the same"
+    short, other = (real.complete([HELLO], [seed], max_new_tokens=200, temperature=0.0)[0] for seed in (0, 7))
     assert short == other and not short.truncated and short.text.startswith("Hello"), "greedy: no seed counts"
     assert real.tokens_in > 0 and real.tokens_out > 0
-
-
-def test_a_real_server_refuses_what_is_too_long(real, capsys):
     long, short = complete(real, "too long " * SLOT, "Hi")
     assert long is None and short and "exceed" in real.refusal
-    assert "refuses a request: 400" in capsys.readouterr().err
+    engine(llama, "llama-8b").open()  # llama.cpp answers to any name
+    err = capsys.readouterr().err
+    assert "refuses a request: 400" in err and f"lists {NAME}, not llama-8b" in err
 
 
 def test_a_real_server_and_the_local_model_score_alike(real):
@@ -169,12 +163,10 @@ def test_a_real_server_and_the_local_model_score_alike(real):
                 assert max(abs(x - y) for x, y in zip(p, q, strict=True)) < 0.06
                 assert abs(sum(k * (x - y) for k, (x, y) in enumerate(zip(p, q, strict=True), 1))) < 0.3
     real.with_logprobs = False
-    asked_before = real.tokens_in
     greedy = real.choose(asked, SKELETON, common.SCORES)
     real.with_logprobs = True
     assert [[c.index for c in row] for row in greedy] == [[c.index for c in row] for row in theirs]
     assert {logp for row in greedy for c in row for logp in c.logps} == {0.0, -math.inf}
-    assert real.tokens_in > asked_before
 
 
 def test_a_real_server_chooses_words(real):
@@ -184,36 +176,21 @@ def test_a_real_server_chooses_words(real):
         assert choice.index == max(range(len(options)), key=lambda i: choice.logps[i])
 
 
-def test_a_name_that_the_server_does_not_list(llama, capsys):
-    engine(llama, "llama-8b").open()  # llama.cpp answers to any name
-    assert f"lists {NAME}, not llama-8b" in capsys.readouterr().err
-
-
-def test_stages_on_a_real_server(llama, tmp_path, call):
-    prompts = [{"id": f"p{i}", "prompt": f"Say something about {word}."} for i, word in enumerate("abcdefghijkl")]
+def test_stages_on_a_real_server(llama, tmp_path, ok):
+    prompts = [{"id": f"p{i}", "prompt": f"Say something about {word}."} for i, word in enumerate("abcdef")]
     first = ("--prompts", write_rows(tmp_path / "prompts.jsonl", prompts), "--n", 2, "--max_new_tokens", 12)
     place = ("--run_dir", tmp_path, "--endpoint", llama.url)
-    code, out, err = call("01_sample", *place, "--model", NAME, *first)
-    assert code == 0, err
-    code, out, err = call("02_score", *place, "--score_mode", "expected", "--judge_probes", PROBES)
-    assert code == 0 and re.search(r"\(null\) +0\n.*responses scored +24\n", out, re.DOTALL), out + err
-    short = ("--template", "principles", "--max_new_tokens", 12)  # a shorter prompt than the paper's
-    code, out, err = call("03_refine", *place, *short)
-    assert code == 0, err
+    ok("01_sample", *place, "--model", NAME, *first)
+    out, _ = ok("02_score", *place, "--score_mode", "expected", "--judge_probes", PROBES)
+    assert re.search(r"\(null\) +0\n.*responses scored +12\n", out, re.DOTALL), out
+    ok("03_refine", *place, "--template", "principles", "--max_new_tokens", 12)  # a shorter prompt than the paper's
     rows = read_rows(tmp_path / "03_refined.jsonl")
     scores = [r["scores"] for row in rows for r in [*row["responses"], row["refined"]]]
-    assert len(rows) == PROMPTS and all(scores), "every score is read"
-    assert all(1 <= value <= 10 for pair in scores for value in pair) and len({str(pair) for pair in scores}) > 12
+    assert len(rows) == 6 and all(scores), "every score is read"
+    assert all(1 <= value <= 10 for pair in scores for value in pair) and len({str(pair) for pair in scores}) > 6
 
 
 # -- before the first row
-
-
-def opened(server, capsys, **options):
-    """(the engine, what it warned of)"""
-    it = engine(server, **options)
-    it.open()
-    return it, capsys.readouterr().err
 
 
 def refusal(server, **options) -> str:
@@ -233,8 +210,9 @@ def test_the_context_and_the_names_that_a_server_lists(capsys):
     ]
     for models, context in lists:
         with ChatServer(models=models) as server:
-            it, warned = opened(server, capsys)
-            assert it.context == context and not warned
+            it = engine(server)
+            it.open()
+            assert it.context == context and not capsys.readouterr().err
             it.open()  # a second time asks nothing
             assert [body["max_tokens"] for _, _, body in server.received] == [1]
     with ChatServer(lambda number, body: "404", models=[{"id": "one"}, {"id": "two"}]) as server:
@@ -243,15 +221,12 @@ def test_the_context_and_the_names_that_a_server_lists(capsys):
 
 def test_settings_are_always_sent():
     """FAULTS 28: what is left out, some servers take from the model's own generation config."""
-    """FAULTS 28."""
     with ChatServer() as server:
         complete(engine(server), "Hi", temperature=0.0)
         complete(engine(server), "Hi", temperature=1.0, top_p=0.5)
     sent = [body for _, _, body in server.received]
-    assert [body["temperature"] for body in sent] == [1.0, 0.0, 1.0, 1.0] and [b["top_p"] for b in sent][1::2] == [
-        1.0,
-        0.5,
-    ]
+    assert [body["temperature"] for body in sent] == [1.0, 0.0, 1.0, 1.0]
+    assert [body["top_p"] for body in sent][1::2] == [1.0, 0.5]
     assert all(body["top_k"] == -1 and body["min_p"] == 0 and body["seed"] < 1 << 31 for body in sent)
     assert all(body["repetition_penalty"] == 1 for body in sent)
 
@@ -265,10 +240,10 @@ def test_a_server_with_fewer_or_other_fields(capsys):
         return (422, {"detail": "extra fields: top_k"}) if "top_k" in body else "ok"
 
     with ChatServer(strict) as server:
-        it, warned = opened(server, capsys)
+        it = engine(server)
         assert complete(it, "a", "b")[1].text
         names = "top_k, min_p, repetition_penalty, max_tokens"
-        assert f"refuses {names}, may have its own: 400" in warned and len(server.received) == 3 + 2
+        assert f"refuses {names}, may have its own: 400" in capsys.readouterr().err and len(server.received) == 3 + 2
         last = server.received[-1][2]
         assert last["max_completion_tokens"] == 9 and not {"max_tokens", "top_k", "min_p"} & set(last)
 
@@ -276,10 +251,7 @@ def test_a_server_with_fewer_or_other_fields(capsys):
         message = "Unsupported value: 'temperature' does not support 0.0 with this model."
         return "ok" if body["temperature"] else (400, {"error": {"message": message, "param": "temperature"}})
 
-    with (
-        ChatServer(hot) as server,
-        pytest.raises(common.UserError, match="answers 400 Unsupported value: 'temperature'"),
-    ):
+    with ChatServer(hot) as server, refused("answers 400 Unsupported value: 'temperature'"):
         complete(engine(server), "a", temperature=0.0)
     with ChatServer(lambda number, body: "400") as server:
         assert "refuses a plain request: 400" in refusal(server)
@@ -302,8 +274,12 @@ def test_what_no_further_try_mends_is_one_line_at_once():
 
 
 @pytest.mark.parametrize(
-    "url, words",
+    ("url", "result"),  # what it becomes, or what is wrong
     [
+        ("http://[::1]:8/", "http://[::1]:8/v1"),
+        ("https://a.b", "https://a.b/v1"),
+        ("http://a:8/v1/", "http://a:8/v1"),
+        ("http://a/x/y", "http://a/x/y"),
         ("localhost:8000", "is a URL such as"),
         ("http://[::1", "is a URL such as"),
         ("http://localhost:port/v1", "is a URL such as"),
@@ -311,19 +287,9 @@ def test_what_no_further_try_mends_is_one_line_at_once():
         ("http://localhost/v1?key=1", "put its key in $SPA_API_KEY"),
     ],
 )
-def test_urls(url, words):
-    with pytest.raises(common.UserError, match=re.escape(words)):
-        common.Server(url, "m", None, 1, 1.0, 0)
-
-
-def test_the_path_of_an_endpoint():
-    for url, wanted in (
-        ("http://[::1]:8/", "/v1"),
-        ("https://a.b", "/v1"),
-        ("http://a:8/v1/", "/v1"),
-        ("http://a/x/y", "/x/y"),
-    ):
-        assert common.Server(url, "m", None, 1, 1.0, 0).url == url.rstrip("/").removesuffix(wanted) + wanted
+def test_urls(url, result):
+    with contextlib.nullcontext() if result.startswith("http") else refused(result):
+        assert engine(url).url == result
 
 
 # -- answers that are none, or no plain ones
@@ -339,19 +305,15 @@ def test_each_trouble_is_tried_again(trouble, capsys):
         assert len(server.received) == 4 and time.monotonic() - started < 10
     warned = capsys.readouterr().err
     assert warned.count("trying again (said once)") == 1 and "\x1b" not in warned
-    with (
-        ChatServer(lambda number, body: trouble if number else "ok") as server,
-        pytest.raises(common.UserError) as error,
-    ):
+    with ChatServer(lambda number, body: trouble if number else "ok") as server, refused("failed 2 times") as error:
         complete(engine(server, timeout=0.3, retries=1), "a")
-    assert "failed 2 times" in str(error.value) and "run the same command again" in str(error.value)
+    assert "run the same command again" in str(error.value)
     assert trouble != "error" or r"upstream has \x1b[31mfallen" in str(error.value)
     assert "drip" not in trouble or "no whole answer within 0.3 seconds" in str(error.value)
 
 
 def test_odd_answers():
-    """FAULTS 14: filtered is no answer, and a refusal is one."""
-    """FAULTS 14 and 41: a refusal, a content filter, a lone surrogate."""
+    """FAULTS 14 and 41: a refusal is an answer, a filtered one is none; a lone surrogate."""
     odd = {
         "refusal": whole_answer(None, refusal="I can't help with that."),
         "spent": whole_answer(None, "length"),
@@ -376,12 +338,6 @@ def test_odd_answers():
     assert it.refusal
 
 
-def test_no_more_requests_at_once_than_allowed():
-    with ChatServer(delay=0.05) as server:
-        complete(engine(server, concurrency=3), *"abcdefgh")
-    assert server.most == 3
-
-
 # -- secrets and trust
 
 
@@ -389,27 +345,21 @@ def test_the_key_is_sent_and_never_shown(capsys, monkeypatch):
     """FAULTS 42 and 43: no odd character, cut or escape sequence brings it, or a terminal's commands, to light."""
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, f"users-own-{name}")
-    for key, sent in (
-        ("sk-secret\r\n", "Bearer sk-secret"),
-        ("sk-secret\t", "Bearer sk-secret"),
-        (None, "Bearer none"),
-    ):
+    for key, sent in (("sk-secret\r\n", "sk-secret"), ("sk-secret\t", "sk-secret"), (None, "none")):
         with ChatServer() as server:
             complete(engine(server, key=key), "a")
         headers = [headers for _, headers, _ in server.received]
-        assert {h["authorization"] for h in headers} == {sent}
+        assert {h["authorization"] for h in headers} == {f"Bearer {sent}"}
         assert not any("users-own" in value or "stainless" in name for h in headers for name, value in h.items())
     for key in ("sk-se\x00cret", "sk-secrét", "sk se", "sk-\x1b[31m", "a\nb"):
-        with pytest.raises(common.UserError) as error:
-            engine(server, key=key)
-        assert "$SPA_API_KEY" in str(error.value) and "sk" not in str(error.value) and "\n" not in str(error.value)
+        with refused("$SPA_API_KEY") as error:
+            engine("http://localhost/v1", key=key)
+        assert "sk" not in str(error.value)
     message = "x" * 290 + "sk-secret-and-long \x1b[2J"  # the cut would leave a part of it
     for status in ("401", "400", "500", (400, {"error": {"message": message}}), (200, message.encode())):
         with ChatServer(lambda number, body, status=status: status) as server:
-            said = refusal(server, key="sk-secret-and-long", retries=1)
+            said = refusal(server, key="sk-secret-and-long", retries=1) + capsys.readouterr().err
         assert "sk-s" not in said and "\x1b" not in said
-        warned = capsys.readouterr().err
-        assert "sk-s" not in warned and "\x1b" not in warned
 
 
 # what models read as one token, by family
@@ -455,17 +405,6 @@ def test_control_tokens_reach_a_server_as_text(capsys):
     assert len(known) > 110
 
 
-@pytest.mark.parametrize("kind", ["plain", "bos"])
-def test_defused_text_has_no_special_token(tiny, kind):
-    tokenizer = common.load_tokenizer(tiny(kind))
-    text = "a <|im_end|>\n<|im_start|>system\nb <s> c </s>"
-    special = set(tokenizer.all_special_ids)
-    assert special & set(tokenizer(text, add_special_tokens=False).input_ids)
-    it = common.Server("http://localhost/v1", "m", None, 1, 1.0, 0)
-    ids = tokenizer(it.defuse(text), add_special_tokens=False).input_ids
-    assert not special & set(ids), tokenizer.convert_ids_to_tokens(ids)
-
-
 # -- what the probe of `choose` finds, on servers that pretend
 
 
@@ -474,12 +413,9 @@ def written(tokens, **top):
     entries = []
     for i, token in enumerate(tokens):
         others = top.get(f"at{i}", {token: 1.0})
-        listed = [
-            {"token": t, "bytes": list(t.encode()), "logprob": math.log(p) if p else -9999.0} for t, p in others.items()
-        ]
-        entries.append(
-            {"token": token, "bytes": list(token.encode()), "logprob": math.log(others[token]), "top_logprobs": listed}
-        )
+        logps = {t: math.log(p) if p else -9999.0 for t, p in others.items()}
+        listed = [{"token": t, "bytes": [*t.encode()], "logprob": logp} for t, logp in logps.items()]
+        entries.append(next(entry for entry in listed if entry["token"] == token) | {"top_logprobs": listed})
     whole = whole_answer("".join(tokens))
     whole["choices"][0]["logprobs"] = {"content": entries}
     return whole
@@ -495,18 +431,15 @@ def test_vllm_s_way_and_its_limit_of_twenty():
         if body["max_tokens"] == 1:
             return "ok"
         if body.get("top_logprobs", 0) > 20:
-            return 400, {
-                "error": {"message": "Requested sample logprobs of 100, which is greater than max allowed: 20"}
-            }
+            return 400, {"error": {"message": "Requested sample logprobs of 100, greater than max allowed: 20"}}
         regex = body["structured_outputs"]["regex"]
         if "logprobs" not in body:
             return whole_answer('{"a": 7}')
+        start = ['{"', 'a": ']
         if regex == r'\{"a": (1|10)\}':
-            return written(['{"', 'a": ', "1", "}"], at2={"1": 1.0, "7": 0.0}, at3={"}": 0.75, "0": 0.25})
+            return written([*start, "1", "}"], at2={"1": 1.0, "7": 0.0}, at3={"}": 0.75, "0": 0.25})
         assert regex == r'\{"a": (1|2|3|4|5|6|7|8|9|10)\}'
-        return written(
-            ['{"', 'a": ', "7", "}"], at2={"7": 0.5, "1": 0.4, "2": 0.1, "10": 0.0}, at3={"}": 1.0, "0": 0.0}
-        )
+        return written([*start, "7", "}"], at2={"7": 0.5, "1": 0.4, "2": 0.1, "10": 0.0}, at3={"}": 1.0, "0": 0.0})
 
     with ChatServer(vllm) as server:
         it = engine(server)
@@ -522,18 +455,13 @@ def test_vllm_s_way_and_its_limit_of_twenty():
         assert choice.logps[6] == 0 and choice.logps[0] == -math.inf and len(server.received) == 11
 
 
-@pytest.mark.parametrize("way", ["regex", "grammar", "response_format"])
-def test_other_ways_and_no_logprobs(way):
-    def holds(number, body):
-        spaced = '{ "a" : 3 }' if way == "response_format" else '{"a": 3}'
-        return whole_answer('{"a": 3}' if way in body else "Hello!") if spaced else "ok"
-
-    with ChatServer(holds) as server:
+@pytest.mark.parametrize(("way", "name"), [("regex", "regex"), ("grammar", "grammar"), ("response_format", "schema")])
+def test_other_ways_and_no_logprobs(way, name):
+    with ChatServer(lambda number, body: whole_answer('{"a": 3}' if way in body else "Hello!")) as server:
         it = engine(server)
         ((choice,),) = it.choose([HELLO], FORM, DIGITS)
-        name = {"grammar": "grammar", "response_format": "schema"}.get(way, "regex")
         assert (it.mode, it.has_logprobs, choice.index) == (name, False, 2)
-        if way == "response_format":  # no JSON, no schema
+        if name == "schema":  # no JSON, no schema
             it.probe_form(["Verdict: ", "."], ["A", "B"])
             assert it.mode is None
 
@@ -543,14 +471,12 @@ def test_a_server_that_holds_to_no_form():
         it = engine(server)
         it.probe_form(FORM, DIGITS)
         assert it.mode is None and not it.has_logprobs and not it.refusal
-        with pytest.raises(common.UserError, match="holds its answers to no form; pass --score_mode json"):
+        with refused("holds its answers to no form; pass --score_mode json"):
             it.choose([HELLO], FORM, DIGITS)
-    text = written(list('{"a": 3}'))
+    text, good = written([*'{"a": 3}']), written([*'{"a": 3}'], at6={"3": 0.5, "4": 0.5})
     text["choices"][0]["message"]["content"] = '{"a":  3}'  # the tokens are not those of the text
     for last in (text, whole_answer('{"a": 33}')):
-        with ChatServer(
-            lambda number, body, last=last: last if number > 1 else written(list('{"a": 3}'), at6={"3": 0.5, "4": 0.5})
-        ) as server:
+        with ChatServer(lambda number, body, last=last: last if number > 1 else good) as server:
             it = engine(server)
             it.probe_form(FORM, DIGITS)
             assert it.mode == "regex+logprobs"
@@ -559,6 +485,8 @@ def test_a_server_that_holds_to_no_form():
 
 # -- stages 1 to 3: the same files however the server misbehaves, and nothing lost when it dies
 
+JSON = ("--score_mode", "json", "--no-judge_check")
+
 
 def options_of(stage, run_dir, server, *more):
     if stage == "01_sample":
@@ -566,21 +494,8 @@ def options_of(stage, run_dir, server, *more):
         prompts = write_rows(run_dir / "prompts.jsonl", rows)
         first = ("--prompts", prompts, "--model", "served", "--endpoint", server.url, "--n", 3)
         return ("--run_dir", run_dir, *first, "--system_prob", 0.4, "--max_new_tokens", 40, *more)
-    own = (
-        ("--score_mode", "json", "--no-judge_check")
-        if stage == "02_score"
-        else ("--attempts", 2, "--max_new_tokens", 40)
-    )
+    own = JSON if stage == "02_score" else ("--attempts", 2, "--max_new_tokens", 40)
     return ("--run_dir", run_dir, "--endpoint", server.url, *own, *more)
-
-
-def all_stages(call, run_dir, server, *more):
-    outputs = []
-    for stage in FILES:
-        code, out, err = call(stage, *options_of(stage, run_dir, server, *more))
-        assert code == 0, err
-        outputs.append((out, err))
-    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -593,49 +508,35 @@ def good(tmp_path_factory):
             assert code == 0, err
             assert re.search(r"tokens in, \d+ out .* tokens/s", out)
     assert server.most == 5, "as many requests under way as allowed, no more"
+    rows = read_rows(run_dir / "03_refined.jsonl")
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(PROMPTS)]
+    assert {len({r["text"] for r in row["responses"]}) for row in rows} == {3}, "each response has its own seed"
+    assert all(is_pair(r["scores"]) for row in rows for r in [*row["responses"], row["refined"]])
     return run_dir
 
 
-def same_files(one, other):
-    for file in FILES.values():
-        assert (one / file).read_bytes() == (other / file).read_bytes()
+def is_pair(scores) -> bool:
+    return len(scores) == 2 and all(type(value) is int and 1 <= value <= 10 for value in scores)
 
 
-def test_rows_of_the_agreed_form(good):
-    rows = read_rows(good / "03_refined.jsonl")
-    assert [row["id"] for row in rows] == [f"p{i}" for i in range(PROMPTS)]
-    for row in rows:
-        assert len({r["text"] for r in row["responses"]}) == 3, "each response has its own seed"
-        assert all(r["text"].endswith("\nin two lines, ü") for r in row["responses"])
-        scores = [r["scores"] for r in row["responses"]] + [row["refined"]["scores"]]
-        assert all(1 <= value <= 10 and isinstance(value, int) for pair in scores for value in pair)
-    assert {r["system"] is None for row in rows for r in row["responses"]} == {True, False}
-    record = json.loads((good / "03_args.json").read_text())
-    assert record["args"]["model"] == "served" and record["args"]["score_mode"] == "json"
-
-
-@pytest.mark.parametrize("trouble", ["503", "cut", "garbage", "drip"])
-def test_trouble_changes_nothing(good, tmp_path, call, trouble):
+@pytest.mark.parametrize(("trouble", "every", "patience"), [("503", 3, 60), ("cut", 3, 60), ("drip", 9, 1)])
+def test_trouble_changes_nothing(good, tmp_path, ok, trouble, every, patience):
     """A third of the requests fail in this way (or a ninth); the files are those of a server that never failed."""
-    patience = 1 if trouble == "drip" else 60
-    every = 9 if trouble == "drip" else 3
     with ChatServer(lambda number, body: trouble if number % every == 1 else "ok") as server:
-        all_stages(call, tmp_path, server, "--concurrency", 8, "--request_timeout", patience)
-    same_files(tmp_path, good)
+        for stage, file in FILES.items():
+            ok(stage, *options_of(stage, tmp_path, server, "--concurrency", 8, "--request_timeout", patience))
+            assert (tmp_path / file).read_bytes() == (good / file).read_bytes()
 
 
-def test_a_server_that_dies_loses_nothing(good, tmp_path, call):
+def test_a_server_that_dies_loses_nothing(good, tmp_path, ok, fails):
     for stage, file in FILES.items():
         with ChatServer(lambda number, body: "ok" if number < 17 else "reset") as server:
-            code, _, err = call(stage, *options_of(stage, tmp_path, server, "--concurrency", 4, "--retries", 2))
-        assert code == 2, err
-        (line,) = [line for line in err.splitlines() if "error:" in line]
-        assert "failed 3 times" in line and "run the same command again" in line and "Traceback" not in err
+            options = options_of(stage, tmp_path, server, "--concurrency", 4, "--retries", 2)
+            assert "failed 3 times" in fails("run the same command again", stage, *options)[1]
         kept = read_rows(tmp_path / file)
         assert 0 < len(kept) < PROMPTS
         with ChatServer() as server:  # at another port, and with more patience
-            code, _, err = call(stage, *options_of(stage, tmp_path, server, "--concurrency", 3))
-            assert code == 0, err
+            ok(stage, *options_of(stage, tmp_path, server, "--concurrency", 3))
         assert (tmp_path / file).read_bytes() == (good / file).read_bytes()
         asked = [body["messages"][-1]["content"] for _, _, body in server.received[1:]]  # after the greeting
         if stage == "03_refine":
@@ -643,162 +544,123 @@ def test_a_server_that_dies_loses_nothing(good, tmp_path, call):
         assert len(asked) == (2 if stage == "03_refine" else 3) * (PROMPTS - len(kept)), "asked for again"
 
 
-def test_refused_prompts_are_left_out_and_counted(good, tmp_path, call):
+def test_refused_prompts_are_left_out_and_counted(good, tmp_path, ok, fails):
     """FAULTS 14."""
 
     def barred(number, body):
         return "400" if "question 3," in body["messages"][-1]["content"] else "ok"
 
     with ChatServer(barred) as server:
-        code, out, err = call("01_sample", *options_of("01_sample", tmp_path, server))
-        assert code == 0 and "refuses a request: 400" in err
-        assert re.search(r"- refused by the server +1\n", out)
+        out, err = ok("01_sample", *options_of("01_sample", tmp_path, server))
+        assert "refuses a request: 400" in err and re.search(r"- refused by the server +1\n", out)
         rows, wanted = read_rows(tmp_path / "01_samples.jsonl"), read_rows(good / "01_samples.jsonl")
         assert rows == [row for row in wanted if row["id"] != "p3"]
         asked = len(server.received)
-        code, out, _ = call("01_sample", *options_of("01_sample", tmp_path, server))
-        assert code == 0 and "complete already" in out and len(server.received) == asked
+        out, _ = ok("01_sample", *options_of("01_sample", tmp_path, server))
+        assert "complete already" in out and len(server.received) == asked
     shutil.copy(good / "01_samples.jsonl", tmp_path)
     (tmp_path / "01_args.json").unlink()
     with ChatServer(barred) as server:
-        code, out, err = call("02_score", "--model", "served", *options_of("02_score", tmp_path, server))
-    assert code == 0, err
+        ok("02_score", "--model", "served", *options_of("02_score", tmp_path, server))
     scored = read_rows(tmp_path / "02_scores.jsonl")
     assert {row["id"] for row in scored if not row["responses"][0]["scores"]} == {"p3"}
-    with ChatServer(lambda number, body: "400" if number else "ok") as server:
-        code, _, err = call("01_sample", *options_of("01_sample", tmp_path / "none", server))
-    assert code == 3 and "400 status 400" in err, "nothing was sampled, in the server's words"
+    with ChatServer(lambda number, body: "400" if number else "ok") as server:  # nothing sampled, in the server's words
+        fails("400 status 400", "01_sample", *options_of("01_sample", tmp_path / "none", server), code=3)
 
 
-def test_a_server_that_is_greedy_is_noticed(tmp_path, call):
+def test_a_server_that_is_greedy_is_noticed(tmp_path, ok):
     for text, warned in ((lambda body: "always this", True), (answer, False)):
         with ChatServer(answer=text) as server:
-            code, _, err = call("01_sample", *options_of("01_sample", tmp_path / str(warned), server))
-        assert code == 0 and ("all responses to a prompt are the same" in err) == warned, err
+            _, err = ok("01_sample", *options_of("01_sample", tmp_path / str(warned), server))
+        assert ("all responses to a prompt are the same" in err) == warned, err
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    ("options", "words"),
     [
         (("--endpoint", "localhost:8000"), "is a URL such as"),
-        (("--endpoint", "http://localhost/v1", "--concurrency", 0), "--concurrency 0: at least 1"),
-        (("--endpoint", "http://localhost/v1", "--retries", -1), "--retries -1: at least 0"),
-        (("--endpoint", "http://localhost/v1", "--request_timeout", -1), "--request_timeout -1"),
+        (("--concurrency", 0), "--concurrency 0: at least 1"),
+        (("--retries", -1), "--retries -1: at least 0"),
+        (("--request_timeout", -1), "--request_timeout -1"),
     ],
 )
-def test_bad_options(tmp_path, call, options, words):
-    code, _, err = call("01_sample", "--run_dir", tmp_path / "run", *options)
-    assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+def test_bad_options(tmp_path, fails, options, words):
+    fails(words, "01_sample", "--run_dir", tmp_path / "run", "--endpoint", "http://localhost/v1", *options)
 
 
 def test_one_process_asks_a_server(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(common.UserError, match="asked by one process"):
+    with refused("asked by one process"):
         common.make_engine(common.ModelArgs("", model="m", endpoint="http://localhost/v1"))
 
 
-def test_a_server_that_holds_to_no_form_is_read_as_json(good, tmp_path, call):
+def test_a_server_that_holds_to_no_form_is_read_as_json(good, tmp_path, ok, fails):
     shutil.copytree(good, tmp_path / "run")
     for name in ("02_args.json", "02_scores.jsonl"):
         (tmp_path / "run" / name).unlink()
     with ChatServer() as server:
-        options = (
-            "--run_dir",
-            tmp_path / "run",
-            "--endpoint",
-            server.url,
-            "--score_mode",
-            "expected",
-            "--no-judge_check",
-        )
-        code, _, err = call("02_score", *options)
-    assert code == 0 and "does not allow --score_mode expected: scores are read as json" in err
+        options = ("--endpoint", server.url, "--score_mode", "expected", "--no-judge_check")
+        _, err = ok("02_score", "--run_dir", tmp_path / "run", *options)
+    assert "does not allow --score_mode expected: scores are read as json" in err
     assert (tmp_path / "run" / "02_scores.jsonl").read_bytes() == (good / "02_scores.jsonl").read_bytes()
-
-
-def test_a_run_is_not_moved_from_a_server_to_a_local_model(good, tmp_path, call):
-    shutil.copytree(good, tmp_path / "run")
+    # and a run is not moved from a server to a local model of its name
     prompts = ("--prompts", good / "prompts.jsonl", "--n", 3, "--system_prob", 0.4, "--max_new_tokens", 40)
-    code, _, err = call("01_sample", "--run_dir", tmp_path / "run", *prompts, "--model", "served")
-    assert code == 2 and "--model is another" in err
+    fails("--model is another", "01_sample", "--run_dir", tmp_path / "run", *prompts, "--model", "served")
 
 
-def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, call, monkeypatch):
+def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, ok, monkeypatch):
     """FAULTS 44: not a server that only a record names."""
     monkeypatch.setenv("SPA_API_KEY", "secret-model-key")
     monkeypatch.setenv("SPA_JUDGE_API_KEY", "secret-judge-key")
+    sent = lambda server: {headers["authorization"] for _, headers, _ in server.received}  # noqa: E731
     with ChatServer() as server, ChatServer() as judge:
-        assert call("01_sample", *options_of("01_sample", tmp_path, server))[0] == 0
+        ok("01_sample", *options_of("01_sample", tmp_path, server))
         judged = ("--judge_endpoint", judge.url, "--judge_model", "strict")
-        code, out, _ = call("02_score", *options_of("02_score", tmp_path, server, *judged))
-        assert code == 0 and "strict judges the responses of served" in out
-        assert call("03_refine", *options_of("03_refine", tmp_path, server, *judged))[0] == 0
-        sent = lambda server: {headers["authorization"] for _, headers, _ in server.received}  # noqa: E731
+        out, _ = ok("02_score", *options_of("02_score", tmp_path, server, *judged))
+        assert "strict judges the responses of served" in out
+        ok("03_refine", *options_of("03_refine", tmp_path, server, *judged))
         assert sent(server) == {"Bearer secret-model-key"} and sent(judge) == {"Bearer secret-judge-key"}
         assert {body["model"] for _, _, body in judge.received} == {"strict"}
         server.received.clear(), judge.received.clear()
         # endpoints that the records name alone get no key
-        code, out, _ = call("03_refine", "--run_dir", tmp_path, "--attempts", 2, "--max_new_tokens", 40, "--overwrite")
-        assert code == 0 and f"endpoint {server.url}, from the run's record" in out
+        out, _ = ok("03_refine", "--run_dir", tmp_path, "--attempts", 2, "--max_new_tokens", 40, "--overwrite")
+        assert f"endpoint {server.url}, from the run's record" in out
         assert sent(server) == {"Bearer none"} == sent(judge)
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"secret" not in file.read_bytes()
 
 
-def test_another_judge_for_a_local_model(tiny, tmp_path, call):
+def test_another_judge_for_a_local_model(tiny, tmp_path, ok):
     """Sampled here, judged there: it is said, and refining stays with the model of stage 1."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"id": f"p{i}", "prompt": f"question {i}"} for i in range(4)])
-    sampled = ("--prompts", prompts, "--model", tiny(), "--n", 3, "--max_new_tokens", 8)
-    assert call("01_sample", "--run_dir", tmp_path, *sampled)[0] == 0
+    ok("01_sample", "--run_dir", tmp_path, "--prompts", prompts, "--model", tiny(), "--n", 3, "--max_new_tokens", 8)
     with ChatServer() as server:
-        judged = ("--judge_endpoint", server.url, "--judge_model", "strict", "--score_mode", "json", "--no-judge_check")
-        code, out, err = call("02_score", "--run_dir", tmp_path, *judged)
-        assert code == 0 and f"strict judges the responses of {tiny()}" in out, err
-        code, out, err = call("03_refine", "--run_dir", tmp_path, "--max_new_tokens", 8)
-        assert code == 0 and f"strict judges the responses of {tiny()}" in out, err
+        judged = ("--judge_endpoint", server.url, "--judge_model", "strict", *JSON)
+        for stage, options in (("02_score", judged), ("03_refine", ("--max_new_tokens", 8))):
+            out, _ = ok(stage, "--run_dir", tmp_path, *options)
+            assert f"strict judges the responses of {tiny()}" in out
         assert f"strict at {server.url}: " in out
     args = json.loads((tmp_path / "03_args.json").read_text())["args"]
     assert (args["model"], args["judge_model"], args["endpoint"]) == (tiny(), "strict", None)
 
 
-def test_a_local_judge_scores_a_server_s_rows_in_batches(tiny, tmp_path, call, monkeypatch):
+def test_a_local_judge_scores_a_server_s_rows_in_batches(tiny, tmp_path, ok, monkeypatch):
+    judge, sizes = common.judge, []
     with ChatServer() as server:
         for stage in ("01_sample", "02_score"):
-            assert call(stage, *options_of(stage, tmp_path, server))[0] == 0
-        judge, sizes = common.judge, []
+            ok(stage, *options_of(stage, tmp_path, server))
         monkeypatch.setattr(common, "judge", lambda *a, **o: sizes.append(len(a[1])) or judge(*a, **o))
-        options = ("--run_dir", tmp_path, "--judge_model", tiny(), "--score_mode", "expected", "--max_new_tokens", 40)
-        options += ("--endpoint", server.url, "--attempts", 2, "--batch_size", 10)
-        code, _, err = call("03_refine", *options)
-        assert code == 0 and sizes == [10, 10, 4], err
-
-
-def test_killed_at_any_moment_gives_the_same_files(good, tmp_path):
-    rng = random.Random(0)
-    with ChatServer(delay=0.1) as server:
-        for stage, file in FILES.items():
-            options, path, kept = options_of(stage, tmp_path, server, "--concurrency", 2), tmp_path / file, 0
-            for _ in range(2):
-                launch = Launch(f"{stage}.py", *options)
-                killed = launch.kill_when(lambda path=path, old=kept: count_rows(path) > old, rng.random() * 0.1)
-                assert killed, "no run was killed: this test would show nothing"
-                assert count_rows(path) > kept
-                kept = count_rows(path)
-            code, _, err = Launch(f"{stage}.py", *options).finish()
-            assert code == 0, err
-    same_files(tmp_path, good)
+        local = ("--judge_model", tiny(), "--score_mode", "expected", "--batch_size", 10)
+        ok("03_refine", *options_of("03_refine", tmp_path, server, *local))
+    assert sizes == [10, 10, 4]
 
 
 def test_an_interrupt_does_not_wait_for_the_server(tmp_path):
-    def script(number, body):
-        if number > 6:
-            time.sleep(60)
-        return "ok"
-
-    with ChatServer(script) as server:
-        options = map(str, options_of("01_sample", tmp_path, server, "--concurrency", 2))
-        command = [sys.executable, "01_sample.py", *options]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (ignored where tests run in the background)
+    with ChatServer(lambda number, body: time.sleep(60 * (number > 6)) or "ok") as server:
+        command = [sys.executable, "01_sample.py", *map(str, options_of("01_sample", tmp_path, server))]
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True, "preexec_fn": heard}
+        process = subprocess.Popen([*command, "--concurrency", "2"], cwd=ROOT, **pipes)
         wait(lambda: len(server.received) >= 9)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
