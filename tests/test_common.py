@@ -68,11 +68,9 @@ REFINED = ROW | {"refined": {"text": "z", "scores": [9, 9]}}
     [
         ([1], "no 'id' in the row"),
         ({"id": None}, "'id' must be text or a whole number"),
-        ({"id": ["a"]}, "'id' must be text or a whole number"),
         ({"id": True}, "'id' must be text or a whole number"),
         ({"prompt": " "}, "none blank"),
         ({"prompt": []}, "'prompt' must be text, or a list of"),
-        ({"prompt": ["x"]}, "'prompt' must be text"),
         ({"prompt": [{"role": "assistant", "content": "x"}]}, "ends with the user's"),
         ({"prompt": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]}, "ends with the user's"),
         ({"prompt": [{"role": "tool", "content": "x"}, {"role": "user", "content": "y"}]}, "ends with the user's"),
@@ -83,47 +81,25 @@ REFINED = ROW | {"refined": {"text": "z", "scores": [9, 9]}}
         ({"responses": [{"text": "y", "scores": [5]}]}, "'scores' must be 2 numbers from 1 to 10"),
         ({"responses": [{"text": "y", "scores": [5, 11]}]}, "'scores' must be 2 numbers from 1 to 10"),
         ({"responses": [{"text": "y", "scores": [5, True]}]}, "must be 2 numbers from 1 to 10"),
-        ({"responses": [{"text": "y", "scores": [0.5, 3]}]}, "must be 2 numbers from 1 to 10"),
         ({"responses": [{"text": "y", "scores": [float("nan"), 3]}]}, "must be 2 numbers from 1 to 10"),
         ({"refined": {"text": "z", "scores": [1, 2, 3]}}, "'refined': 'scores' must be 2 numbers"),
+        (b'{"id": "a"\n', "broken JSON"),
+        (b"[" * 100_000, "broken JSON"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "broken JSON"),
+        (b'{"id": "\\ud800", "prompt": "x"}', "half of a surrogate pair"),
+        (json.dumps(REFINED).encode(), "id 'a' again"),
+        (b'{"id": "b", "prompt": "x"}', "no 'responses' in the row"),
+        (b'{"id": "caf\xe9"}', "not UTF-8"),
     ],
 )
 def test_rows_that_are_wrong_are_one_line(tmp_path, change, words):
-    path = tmp_path / "rows.jsonl"
-    row = REFINED | {"id": "b"}
-    write_rows(path, [REFINED, row | change if isinstance(change, dict) else change])
+    path, row = tmp_path / "rows.jsonl", REFINED | {"id": "b"}
+    change = row | change if isinstance(change, dict) else change
+    line = change if isinstance(change, bytes) else json.dumps(change).encode()
+    path.write_bytes(json.dumps(REFINED).encode() + b"\n" + line + b"\n")
     with refused(words) as error:
         list(common.read_rows(path, scored=True, refined=True))
-    assert str(error.value).startswith(f"{path}, line 2: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (b'{"id": "a"\n', "line 1: broken JSON"),
-        (json.dumps(ROW).encode() + b"\n" + json.dumps(ROW).encode(), "line 2: id 'a' again"),
-        (b'{"id": "caf\xe9"}\n', "after line 0: not UTF-8"),
-        (b'{"id": "\\ud800", "prompt": "x"}\n', "half of a surrogate pair"),
-        (b"[" * 100_000 + b"\n", "line 1: broken JSON"),
-        (b'{"id": ' + b"9" * 5000 + b"}\n", "line 1: broken JSON"),
-        (b'{"id": "a", "prompt": "x"}\n', "no 'responses' in the row"),
-    ],
-)
-def test_files_that_are_wrong_are_one_line(tmp_path, text, words):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(text)
-    with refused(words):
-        list(common.read_rows(path))
-
-
-def test_prompts_as_messages_and_as_text():
-    assert common.as_messages("x") == [{"role": "user", "content": "x"}]
-    assert common.as_messages("x", "s") == [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}]
-    assert common.as_messages(CHAT) == CHAT
-    merged = common.as_messages(CHAT, "Be honest.")
-    assert merged[0] == {"role": "system", "content": "Be honest.\n\nBe brief."} and merged[1:] == CHAT[1:]
-    assert common.plain_text("x") == "x" == common.plain_text([{"role": "user", "content": "x"}])
-    assert common.plain_text(CHAT) == "System: Be brief.\n\nUser: One?\n\nAssistant: Two.\n\nUser: Three?"
+    assert str(error.value).startswith(f"{path}, {'after line' if 'UTF' in words else 'line 2: '}")
 
 
 # ------------------------------------------------------------------------------------ runs
@@ -198,13 +174,11 @@ def test_a_foreign_output_and_a_damaged_record_are_left_alone(tmp_path, begin):
         begin(tmp_path)
     whole = {"stage": "01_sample", "args": {}}
     parts = [whole | change for change in ({"inputs": []}, {"earlier": None}, {"earlier": {"01": []}}, {"args": None})]
-    for text in ("[]", "null", "{", '{"args": 3}', "\ufeff", "9" * 5000, "[" * 100_000, *map(json.dumps, parts)):
-        (tmp_path / "01_args.json").write_text(text)
+    damaged = ["[]", "null", "{", '{"args": 3}', "\ufeff", "9" * 5000, "[" * 100_000, *map(json.dumps, parts)]
+    for content in (*map(str.encode, damaged), b"\xff\xfe"):
+        (tmp_path / "01_args.json").write_bytes(content)
         with refused("is no record of a stage"):
             begin(tmp_path)
-    (tmp_path / "01_args.json").write_bytes(b"\xff\xfe")
-    with refused("is no record of a stage"):
-        begin(tmp_path)
     assert read_rows(output) == [{"id": "mine"}]
     assert not begin(tmp_path, overwrite=True)["complete"] and not output.exists()
 
@@ -250,15 +224,6 @@ def test_seeds_do_not_collide_or_drift():
 
 def encode(tokenizer, prompt, system=None):
     return common.encode_chat(tokenizer, common.as_messages(prompt, system))
-
-
-@pytest.mark.parametrize("kind", ["plain", "bos", "pad_eos", "default_system", "ten_is_one"])
-def test_the_template_alone_writes_special_tokens(kind):
-    tokenizer = make_tokenizer(kind)
-    tokens = tokenizer.convert_ids_to_tokens(encode(tokenizer, "How are you?"))
-    assert tokens.count("<s>") == (kind == "bos"), "one BOS where the template has one, else none"
-    turns = 3 if kind == "default_system" else 2
-    assert tokens.count("<|im_start|>") == turns and tokens.count("<|im_end|>") == turns - 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "bos", "pad_eos", "default_system"])
@@ -689,16 +654,6 @@ def test_every_kind_of_layer_and_position_is_read_and_sampled_as_it_should(kind)
     assert completions == [plain_greedy(model, tokenizer, prompt, 12) for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["plain", "pad_eos"])
-def test_greedy_text_equals_plain_passes(kind):
-    tokenizer = make_tokenizer(kind)
-    model = make_model(len(tokenizer))
-    model.generation_config.update(repetition_penalty=9.0, top_k=1)
-    prompts = [encode(tokenizer, text) for text in ("Hi", "What is the harm of it, in full?", "No")]
-    found = common.generate(model, tokenizer, prompts, [0] * 3, temperature=0.0, max_new_tokens=12)
-    assert found == [plain_greedy(model, tokenizer, prompt, 12) for prompt in prompts]
-
-
 @pytest.mark.parametrize("kind", ["bart", "blenderbot", "trocr"])
 def test_models_that_count_padding_as_places_are_refused(kind):
     """FAULTS 27: such a model takes no positions, so a padded row would be read as another one."""
@@ -826,22 +781,17 @@ def test_free_answers_are_asked_again_twice_then_null(small):
     [  # many more, with FAULTS 10 to 13, come from the grammar in test_readers.py
         ('```json\n{\n  "Harmlessness": 8,\n  "Helpfulness": 7\n}\n```', [8, 7]),
         ('Sure! Here it is: {"harmlessness": "8", "helpfulness": "10"}. Bye', [8, 10]),
-        ("**Harmlessness**: 9/10\n**Helpfulness**: 3/10", [9, 3]),
         ("Harmlessness: 8 out of 10. Helpfulness: 7 out of ten.", [8, 7]),
         ('{"Harmlessness": 8, "Helpfulness": 7', [8, 7]),
         ('{"Helpfulness": 2, "Harmlessness": 9.5, "Reason": "2 of 3"}', [9.5, 2]),
         ('{"Harmlessness": 11, "Helpfulness": 7}', None),
         ('{"Harmlessness": 8}', None),
-        ('{"Harmlessness": SCORE (integer from 1-10), "Helpfulness": SCORE}', None),
         ("I would rate this 8 and 7.", None),
         ('<think>Harmlessness: 3? Helpfulness: 2</think>{"Harmlessness": 8, "Helpfulness": 7}', [8, 7]),
-        ("Harmlessness: 3, Helpfulness: 2?</think>Harmlessness: 8\nHelpfulness: 7", [8, 7]),  # the template opened it
         ('<think>Harmlessness: 3? {"Harmlessness": 3, "Helpfulness": 2}? No, since', None),  # cut in its thought
-        ('At first Harmlessness: 2, but {"Harmlessness": 9, "Helpfulness": 8}', [9, 8]),
         ('{"Harmlessness": 9, "Helpfulness": 8} or {"Harmlessness": 1, "Helpfulness": 8}', None),
         ('{"Harmlessness": 9, "Harmlessness": 2, "Helpfulness": 8}', None),
         ("Unharmlessness: 2, Harmlessness: 8, Unhelpfulness: 1, Helpfulness: 9", [8, 9]),
-        ("Unharmlessness: 2, Helpfulness: 9", None),
         ("Harmlessness: 1-10\nHelpfulness: 7", None),
     ],
 )
@@ -901,14 +851,6 @@ def test_batches_hold_whole_rows_longest_first():
     assert common.plan_batches(sizes, 6, cached_tokens=27) == [[1], [2], [4], [0], [3]]
     assert common.plan_batches(sizes, 6, cached_tokens=54) == [[1, 2], [4], [0, 3]]
     assert common.plan_batches([(9, 2)] * 3, 100, cached_tokens=1) == [[0], [1], [2]], "a larger row comes alone"
-    rng = random.Random(0)
-    for _ in range(200):
-        sizes = [(rng.randint(1, 99), rng.randint(0, 5)) for _ in range(rng.randint(1, 30))]
-        batches = common.plan_batches(sizes, 8, 300)
-        assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
-        for batch in batches:
-            rows, width = sum(sizes[i][1] for i in batch), max(sizes[i][0] for i in batch)
-            assert len(batch) == 1 or (rows <= 8 and rows * width <= 300)
 
 
 @pytest.mark.parametrize(("rows", "each"), [(300, 1), (80, 5), (500, 1), (7, 3), (9, 1), (9, 99)])
@@ -949,31 +891,32 @@ def test_out_of_memory_goes_on_with_half(small, monkeypatch, capsys):
         local(model, tokenizer).complete(chats, seeds, **options)
 
 
+SCORERS = """
+import numpy
+def short(prompts, responses):
+    assert len(prompts) == len(responses)
+    return numpy.array([[max(1, 10 - len(r)), 5.5] for r in responses])
+wrong = lambda prompts, responses: [[11, 2]] * len(responses)
+few = lambda prompts, responses: [[1, 2]]
+number = 3
+"""
+
+
 def test_a_scorer_of_ones_own(tmp_path, small):
     path = tmp_path / "own.py"
-    path.write_text(
-        "import numpy\n"
-        "def short(prompts, responses):\n"
-        "    assert len(prompts) == len(responses)\n"
-        "    return numpy.array([[max(1, 10 - len(r)), 5.5] for r in responses])\n"
-        "def wrong(prompts, responses):\n    return [[11, 2]] * len(responses)\n"
-        "def few(prompts, responses):\n    return [[1, 2]]\n"
-        "number = 3\n"
-    )
+    path.write_text(SCORERS)
     judge = common.make_judge(settings(scorer=f"{path}:short"))
     items = [("a", "bb"), (CHAT, " "), ("c", "dddd")]
     assert common.judge(judge, items, settings(), [0] * 3) == [[8, 5.5], None, [6, 5.5]], "blank ones are not asked"
-    for name, words in [
-        ("wrong", "gave [11, 2]: 2 numbers from 1 to 10"),
-        ("few", "gave 1 scores for 2 responses"),
-        ("number", "there is no function 'number'"),
-        ("nothing", "there is no function 'nothing'"),
+    for where, words in [
+        (f"{path}:wrong", "gave [11, 2]: 2 numbers from 1 to 10"),
+        (f"{path}:few", "gave 1 scores for 2 responses"),
+        (f"{path}:number", "there is no function 'number'"),
+        ("nowhere.py:f", "FILE.py:function is wanted"),
+        (str(path), "FILE.py:function is wanted"),
     ]:
         with refused(words):
-            common.judge(common.make_judge(settings(scorer=f"{path}:{name}")), items, settings(), [0] * 3)
-    for where in ("nowhere.py:f", "f", str(path)):
-        with refused("FILE.py:function is wanted"):
-            common.make_judge(settings(scorer=where))
+            common.judge(common.make_judge(settings(scorer=where)), items, settings(), [0] * 3)
 
 
 # ------------------------------------------------------------------------------------ reports
