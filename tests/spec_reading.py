@@ -1,4 +1,4 @@
-"""A second, slow reading of SPEC.md: 04_denoise, 05_pairs and the weight of 06_train, to compare with."""
+"""A second, slow reading of SPEC.md: 04_denoise and 05_pairs, to compare with."""
 
 from fractions import Fraction
 from itertools import permutations
@@ -37,8 +37,6 @@ def exact_det(points, ddof):
 
 def denoise(row, rho, consistency=True, informativeness=True, cov_scope="candidates", ddof=0, det_min=0.0):
     """(reason, det): why the prompt is dropped, None when it is kept, and the determinant as a float."""
-    if cov_scope not in ("candidates", "all"):
-        raise ValueError(f"cov_scope is 'candidates' or 'all', not {cov_scope!r}")
     refined = row.get("refined")
     candidates = [point(r) for r in row["responses"] if scored(r)]
     if not scored(refined) or not candidates:
@@ -79,9 +77,7 @@ def preferred(p, q, rule, weights):
         return p[0] > q[0] or (p[0] == q[0] and p[1] > q[1])
     if rule == "pareto":
         return p[0] >= q[0] and p[1] > q[1]
-    if rule == "weighted":
-        return composite(p, weights) > composite(q, weights)
-    raise ValueError(f"rule is 'lex', 'pareto' or 'weighted', not {rule!r}")
+    return composite(p, weights) > composite(q, weights)  # "weighted"
 
 
 def pairs(row, delta, rule="lex", weights=(1, 1), refined_only=False):
@@ -99,11 +95,3 @@ def pairs(row, delta, rule="lex", weights=(1, 1), refined_only=False):
             pair |= {"chosen_scores": y["scores"], "rejected_scores": z["scores"]}
             found.append(pair | {"margin": float(margin), "gap": float(gap)})
     return found
-
-
-def weights(gaps, alpha):
-    """w_i = (gap_i / mean gap) ** alpha; no mean, or a mean of 0, is an error."""
-    if not gaps or sum(map(exact, gaps)) == 0:
-        raise ValueError("the mean gap is 0 or there are no pairs, so no weights can be formed")
-    mean = sum(map(exact, gaps)) / len(gaps)
-    return [float((exact(gap) / mean) ** alpha) for gap in gaps]

@@ -130,7 +130,6 @@ def test_split_column(tmp_path):
     ("name", "split", "expected", "columns"),
     [
         ("saferlhf", "train", ("PKU-Alignment/PKU-SafeRLHF", "default", "train"), {"is_response_0_safe": True}),
-        ("saferlhf", "test", ("PKU-Alignment/PKU-SafeRLHF", "default", "test"), {"response_0": "r"}),
         ("wildguard", "train", ("allenai/wildguardmix", "wildguardtrain", "wildguardtrain"), {"adversarial": True}),
         ("wildguard", "test", ("allenai/wildguardmix", "wildguardtest", "wildguardtest"), {"response": None}),
     ],
@@ -319,8 +318,6 @@ def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
     ("options", "words"),
     [
         (("--n", 3, "--temperature", 0), "--temperature 0 gives 3 equal responses"),
-        (("--nn", 3), "unknown option --nn; did you mean --n?"),
-        (("--n", "three"), "invalid int value: 'three'"),
         (("--n", 0), "--n 0: at least 1"),
         (("--temperature", -1), "--temperature -1.0: at least 0"),
         (("--top_p", 0), "--top_p 0.0: more than 0"),
@@ -329,11 +326,7 @@ def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
         (("--cached_tokens", 0), "--cached_tokens 0: at least 1"),
         (("--max_new_tokens", 4096), "leaves no room"),
         (("--model", "no/such-model"), "model 'no/such-model' can't be loaded"),
-        (("--model", ""), "--model '': a value is wanted"),
-        (("--chat_template", "nowhere.jinja"), "no such file"),
         (("--prompts", "nowhere.jsonl"), "no such file, nor one of saferlhf"),
-        (("--dtype", "int8"), "invalid choice"),
-        (("--seed", "x"), "invalid int value"),
     ],
 )
 def test_bad_options_are_one_line_and_leave_nothing(stage, refusing, options, words):

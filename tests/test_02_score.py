@@ -125,8 +125,6 @@ def test_other_words_are_another_run(stage, fails, tmp_path):
     ("options", "words"),
     [
         (("--objectives", "kindness", "helpfulness"), "'kindness' is unknown"),
-        (("--objectives", "helpfulness"), "two or more different ones"),
-        (("--score_mode", "guess"), "invalid choice"),
         (("--primary", "honesty"), "unknown option --primary"),
         (("--scorer", "nowhere.py:f"), "FILE.py:function is wanted"),
         (("--constitution", "nowhere.json"), "no such file"),

@@ -130,13 +130,6 @@ def test_texts_about_the_task_are_known():
         assert not refine.about_the_task(text, {"prompt": "Which of the first responses is better?"})
 
 
-def test_the_best_attempt():
-    attempts = [{"text": t, "scores": s} for t, s in (("a", [5, 9]), ("b", None), ("c", [6, 1]), ("d", [6, 1]))]
-    assert refine.best_attempt(attempts)["text"] == "c"
-    assert refine.best_attempt(attempts[1:2])["text"] == "b"
-    assert refine.best_attempt([]) == {"text": "", "scores": None, "truncated": False}
-
-
 # ------------------------------------------------------------------------------------ the stage
 
 ROWS = [
@@ -226,8 +219,6 @@ def test_the_judge_is_that_of_stage_2(ok, tiny, tmp_path):
         (("--attempts", 0), "--attempts 0: at least 1"),
         (("--temperature", 0), "more than 0; --attempts 1 is greedy"),
         (("--max_new_tokens", 5000), "leaves no room"),
-        (("--template", "other"), "invalid choice"),
-        (("--n", 3), "unknown option --n"),
     ],
 )
 def test_bad_options_are_one_line(fails, tiny, tmp_path, options, words):
