@@ -14,7 +14,7 @@ import torch
 from accelerate import disk_offload
 from conftest import CHAT, CHATML, FAMILIES, make_kind, make_model, make_tokenizer, read_rows, refused, write_rows
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache, MambaConfig
 from transformers import TemperatureLogitsWarper as Temperature
 from transformers import TopPLogitsWarper as TopP
 
@@ -366,6 +366,10 @@ def test_damaged_model_folders_are_one_line(tiny, tmp_path, file, content):
         assert str(folder) in str(error) and "\n" not in str(error)
     else:
         assert file == "tokenizer_config.json", "a tokenizer without its settings is one"
+
+
+def test_a_model_without_attention_has_room_too():
+    assert common.tokens_in_memory(MambaConfig(hidden_size=64, num_hidden_layers=2)) > 1000
 
 
 @pytest.mark.parametrize(
