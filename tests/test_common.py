@@ -143,6 +143,16 @@ def test_a_run_is_incomplete_until_it_is_finished_and_then_done(tmp_path, begin)
     assert not begin(tmp_path)["complete"], "its file is gone: goes on"
 
 
+def test_what_a_kill_has_cut_goes(tmp_path, begin):
+    """FAULTS 35: cut at the last newline in bytes, also inside a character."""
+    begin(tmp_path)
+    whole = '{"id": "a", "prompt": "é"}\n'.encode()
+    for cut in (b"", b'{"id"', whole[:-4], '{"id": "b", "prompt": "二'.encode()[:-1]):
+        (tmp_path / "01_samples.jsonl").write_bytes(whole + cut)
+        begin(tmp_path)
+        assert (tmp_path / "01_samples.jsonl").read_bytes() == whole
+
+
 def test_a_model_is_what_is_in_its_folder(tmp_path, begin):
     """FAULTS 3 and 38: trained again it is another one; moved it is the same."""
     model = tmp_path / "model"
