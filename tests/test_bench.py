@@ -36,6 +36,16 @@ def test_load(tiny):
     assert all(float(memory) > 0 for *_, memory, _ in rows) and float(rows[0][2]) < float(rows[1][2]) + 5
 
 
+def test_scale():
+    done = run_script("bench/scale.py", "--sizes", 4, 8, "--n", 3, "--words", 30)
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls = re.findall(r"^\| (0[1-3]\w+) \| (\d+) \|", done.stdout, re.M)[-3:]
+    assert calls == [("01_sample", "3"), ("02_score", "3"), ("03_refine", "2")]
+    # 8 operations × 8e9 weights × 4 responses of 33 words, 44 tokens, a prompt counted in, on 8 × 4e14 a second
+    hours = float(re.search(r"^\| 06_train .* \| ([\d.]+) \| calculated", done.stdout, re.M)[1])
+    assert hours == pytest.approx(8 * 8e9 * 4 * 44 / 4e14 / 8 / 3600 * 1e6, abs=0.6)
+
+
 def test_a_prompt_passes_few_functions(tiny):
     done = run_script("bench/calls.py", "--model", tiny())
     assert done.returncode == 0, done.stderr[-2000:]
