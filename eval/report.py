@@ -31,7 +31,7 @@ import pandas as pd
 import shared
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from shared import det_covariance, round_half_up
+from shared import round_half_up
 from tqdm import tqdm
 
 import common
@@ -59,9 +59,7 @@ class Args:
     run_dir: str = arg("runs/default", "folder of the run's files")
     runs: list[str] | None = arg(None, "several runs side by side instead, NAME=DIR each")
     test_runs: list[str] | None = arg(None, "scored answers to test prompts, NAME=DIR each, the untrained first")
-    output: str | None = arg(
-        None, "the page; default: report.html in the run directory, of several runs in --output_dir"
-    )
+    output: str | None = arg(None, "the page; default: report.html in --run_dir, of several runs in --output_dir")
     output_dir: str = arg("runs/eval", "folder of the page of several runs")
     prompts: int = arg(10, "prompts that are shown in full, drawn by --seed")
     ids: list[str] | None = arg(None, "shows the prompts with these ids instead, nothing folded")
@@ -97,17 +95,14 @@ class Run:
         self.model = next((args["model"] for args in self.made.values() if args.get("model")), None)
         # id -> scores or None of each candidate; of the refined answer, in a list of one
         self.candidates, self.refined = candidate_scores(self.answers), refined_scores(self.answers)
-        self.names = shared.objective_names(self.made, len(next(iter(read_of(self.candidates)), ())))
+        self.names = shared.objective_names(self.made, self.candidates)
         dropped, kept = (self.rows.get(file, []) for file in ("04_dropped.jsonl", "04_denoised.jsonl"))
         # id -> "kept", or the reason for which stage 4 dropped the prompt
         self.fates = {str(row["id"]): str(row.get("reason")) for row in dropped}
         self.fates |= {str(row["id"]): "kept" for row in kept}
-        # id -> det Σ: stage 4's own, or by its definition where it left none
-        self.dets, more = {}, self.refined if self.argument("04_denoise", "cov_scope") == "all" else {}
-        for id, group in self.candidates.items():
-            if scores := [one for one in (*group, *more.get(id, ())) if one is not None]:
-                self.dets[id] = det_covariance(scores, self.argument("04_denoise", "ddof", 0))
-        self.dets |= {str(row["id"]): row["det"] for row in (*kept, *dropped) if is_number(row.get("det"))}
+        refined = self.refined if self.argument("04_denoise", "cov_scope") == "all" else {}
+        points = {id: [*group, *refined.get(id, ())] for id, group in self.candidates.items()}
+        self.dets = shared.dets_of(points, [*kept, *dropped], self.argument("04_denoise", "ddof", 0))
         self.pairs, self.alpha = self.rows.get("05_pairs.jsonl", []), self.argument("06_train", "alpha", 1.0)
         self.weights = pair_weights([pair["gap"] for pair in self.pairs], self.alpha)
 
@@ -141,7 +136,7 @@ def read_training(path: Path) -> dict:
     held_out = any(name.startswith("eval/") for row in fixed for name in row)
     fixed = [{name.removeprefix("train/").removeprefix("eval/"): row[name] for name in row} for row in fixed]
     made = {"args": record.get("args", {}), "complete": record.get("complete", True), "held_out": held_out}
-    return made | {"steps": [row for row in rows if "learning_rate" in row], "fixed": fixed}
+    return made | {"steps": [row for row in rows if "learning_rate" in row], "fixed prompts": fixed}
 
 
 def read_run(name: str, path: Path) -> Run:
@@ -197,12 +192,7 @@ def refined_scores(rows: list[dict]) -> dict[str, list]:
 
 def read_of(groups: dict[str, list]) -> list[list]:
     """All scores that were read."""
-    return [scores for group in groups.values() for scores in group if scores is not None]
-
-
-def prompt_means(groups: dict[str, list], k: int) -> pd.DataFrame:
-    """A prompt a row, an objective a column: the mean over its scored answers."""
-    return pd.DataFrame.from_dict(shared.prompt_means(groups), orient="index", columns=range(k))
+    return shared.read_scores([*itertools.chain(*groups.values())])
 
 
 def gains(means: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
@@ -259,7 +249,7 @@ def key_numbers(run: Run) -> dict[str, str]:
     numbers["judge check"] = "; ".join([*lines, *([] if fit else [verdict])]) or "–"
     numbers["prompts"] = number(prompts)
     for title, groups in (("answers", run.candidates), ("refined", run.refined)):
-        means = mean_intervals(prompt_means(groups, len(run.names)))
+        means = mean_intervals(shared.prompt_means(groups, range(len(run.names))))
         numbers |= {f"mean {name}, {title}": mean for name, mean in zip(run.names, means, strict=True)}
     numbers["ties among a prompt's answers"] = percent(common.tie_rate(list(run.candidates.values())))
     kept = counts.get("kept")
@@ -267,12 +257,12 @@ def key_numbers(run: Run) -> dict[str, str]:
     numbers["prompts kept"] = number(kept) + share
     numbers["pairs"] = number(counts.get("pairs"))
     numbers["mean gap"] = number(float(np.mean([pair["gap"] for pair in run.pairs])) if run.pairs else None)
-    for stem, made in (run.trainings or {"06": {"args": {}, "fixed": [], "steps": None}}).items():
+    for stem, made in (run.trainings or {"06": {"args": {}, "fixed prompts": [], "steps": None}}).items():
         of = "" if stem == "06" else f" ({stem})"
         numbers[f"training loss{of}"] = made["args"].get("loss", "–")
         numbers[f"steps{of}"] = number(made["steps"] and len(made["steps"]))
         for name in CURVES[:3]:
-            numbers[f"{name}, before → after{of}"] = before_after(made["fixed"], name)
+            numbers[f"{name}, before → after{of}"] = before_after(made["fixed prompts"], name)
     return numbers
 
 
@@ -280,6 +270,8 @@ def key_numbers(run: Run) -> dict[str, str]:
 # Figures by matplotlib, as SVG whose letters and colours are the page's: it knows those that stand here.
 
 SERIES, AXES = shared.COLOURS[:4], "#808080"
+LINES = {"steps": {"marker": "o", "markersize": 3}}  # of a training's metrics
+LINES["fixed prompts"] = {"marker": "D", "markersize": 5, "linestyle": "--"}
 HINT = "hint: "  # an artist's id that begins so is shown where the mouse rests
 
 
@@ -306,7 +298,7 @@ def picture(run: Run, title: str, says: str, draw) -> dict:
 
 
 def bars(run: Run, title, x_label, groups: dict[str, list], what="", share=False, rules=(), bins=None, linear=None):
-    """(figure, table) of how many of `what` fall into each bin, by group: counts, stacked, or shares side by side.
+    """The figure of how many of `what` fall into each bin, by group: counts, stacked, or shares side by side.
 
     rules: (place, text); bins: (edges, labels); linear: where the axis is no more logarithmic.
     """
@@ -336,8 +328,8 @@ def bars(run: Run, title, x_label, groups: dict[str, list], what="", share=False
     for name, tall in zip(groups, heights, strict=True):
         listed = (f"{label}: {number(height)}" for label, height in zip(labels, tall, strict=True) if height)
         says.append(f"{name}: {', '.join(listed)}")
-    counted = table(f"Counts: {title}", ["", *groups], zip(labels, *counts, strict=True))
-    return picture(run, title, ". ".join(says), draw), counted
+    counted = {"counts": [*zip(labels, *counts, strict=True)], "groups": list(groups)}
+    return picture(run, title, ". ".join(says), draw) | counted
 
 
 def bins_of(values: list[float]) -> tuple[list[float], list[str]]:
@@ -352,18 +344,7 @@ def bins_of(values: list[float]) -> tuple[list[float], list[str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sections, in the order of the page. Most are figures, tables, (summary, tables) that are folded, and what the page's
-# sentences need.
-
-
-def table(caption: str, header: list[str], rows) -> dict:
-    return {"caption": caption, "header": header, "rows": [list(row) for row in rows]}
-
-
-def section(charts: list, tables: list) -> dict:
-    """Charts as `bars` makes them, whose counts are folded, and tables."""
-    folded = [("Counts", [counts for _, counts in charts])] if charts else []
-    return {"figures": [figure for figure, _ in charts], "tables": tables, "folded": folded}
+# Sections, in the order of the page: each has its figures, and the numbers that the page puts into tables and words.
 
 
 def absent(run: Run, *files: str) -> dict:
@@ -382,9 +363,8 @@ def plain(value) -> str:
 def show_funnel(run: Run, args: Args) -> dict:
     lines, answers = funnel(run), run.candidates.values()
     most = max([count for _, count, kind in lines if kind != "other"], default=0) or 1
-    lines = [(*line, percent(line[1] / most), f"{100 * line[1] / most:.4g}") for line in lines]
     facts = {"answers": sum(map(len, answers)), "read": len(read_of(run.candidates)), "prompts": len(answers)}
-    return facts | {"lines": lines, "missing": list(dict.fromkeys(run.missing.values()))}
+    return facts | {"lines": lines, "most": most, "missing": list(dict.fromkeys(run.missing.values()))}
 
 
 def show_scores(run: Run, args: Args) -> dict:
@@ -395,7 +375,7 @@ def show_scores(run: Run, args: Args) -> dict:
     if "kept" in run.fates.values():
         for name, group in list(groups.items()):
             groups[f"{name}, kept prompts"] = {id: of for id, of in group.items() if run.fates.get(id) == "kept"}
-    means = {name: prompt_means(group, len(run.names)) for name, group in groups.items()}
+    means = {name: shared.prompt_means(group, run.names) for name, group in groups.items()}
     lines = []
     for name, group in groups.items():
         scored = f"{len(read_of(group))} of {sum(map(len, group.values()))}"
@@ -403,8 +383,7 @@ def show_scores(run: Run, args: Args) -> dict:
     gain = gains(means["refined"], means["candidates"])
     lines.append(["refined − candidates, same prompt", len(gain), "", *mean_intervals(gain)])
     mixed = [[*run.refined[id], scores] for id in run.refined for scores in run.candidates[id]]
-    ties = [["a prompt's candidates", percent(common.tie_rate(list(run.candidates.values())))]]
-    ties.append(["a refined answer and a candidate", percent(common.tie_rate(mixed))])
+    ties = [common.tie_rate(list(run.candidates.values())), common.tie_rate(mixed)]
 
     whole = all(score == int(score) for scores in read.values() for one in scores for score in one)
     charts = []
@@ -412,9 +391,7 @@ def show_scores(run: Run, args: Args) -> dict:
         values = {group: [one[axis] for one in scores] for group, scores in read.items()}
         bins = bins_of([*itertools.chain(*values.values()), *((1, 10) if whole else ())])
         charts.append(bars(run, f"{name} scores", "score", values, "answers", share=True, bins=bins))
-    tables = [table("Mean score [95 % interval]", ["", "prompts", "answers scored", *run.names], lines)]
-    tables.append(table("Ties: pairs with equal scores on every axis", ["pairs of", "tied"], ties))
-    return section(charts, tables)
+    return {"figures": charts, "means": lines, "ties": ties}
 
 
 def show_scatter(run: Run, args: Args) -> dict:
@@ -438,9 +415,8 @@ def show_scatter(run: Run, args: Args) -> dict:
             axis.set_major_locator(MaxNLocator(11, integer=whole, steps=[1, 2, 5, 10]))
 
     says = "; ".join(f"{count} {name}, mean {a} and {b}" for name, count, a, b in lines)
-    shown = {"figures": [picture(run, "Each answer's two scores", says, draw)]}
-    shown |= {"whole": whole, "number": len(points), "drawn": len(drawn), "objectives": len(run.names)}
-    return section([], [table("Mean over answers", ["", "answers", *run.names[:2]], lines)]) | shown
+    shown = {"figures": [picture(run, "Each answer's two scores", says, draw)], "means": lines}
+    return shown | {"whole": whole, "number": len(points), "drawn": len(drawn)}
 
 
 def show_det(run: Run, args: Args) -> dict:
@@ -465,9 +441,8 @@ def show_det(run: Run, args: Args) -> dict:
         above = number(sum(value > rho for value in values) if rho else None)
         quantiles = [f"{value:.3g}" for value in np.quantile(values, [0, 0.25, 0.5, 0.75, 1])]
         lines.append([name, len(values), *quantiles, values.count(0), above])
-    header = ["prompts", "number", "least", "quarter", "median", "three quarters", "most", "zero", "above ρ"]
     options = {name: run.argument("04_denoise", name) for name in ("ddof", "cov_scope", "informativeness")}
-    return section([chart], [table("det Σ", header, lines)]) | {"rho": rho, "least": least} | options
+    return {"figures": [chart], "lines": lines, "rho": rho, "least": least} | options
 
 
 def show_pairs(run: Run, args: Args) -> dict:
@@ -475,22 +450,19 @@ def show_pairs(run: Run, args: Args) -> dict:
         return absent(run, "05_pairs.jsonl")
     margins, gaps = ([float(pair[name]) for pair in run.pairs] for name in ("margin", "gap"))
     totals = [[sum(pair.get(f"{side}_scores") or []) for side in ("chosen", "rejected")] for pair in run.pairs]
-    zero, lower = gaps.count(0), sum(round(chosen - rejected, 9) < 0 for chosen, rejected in totals)
-    lines = [["pairs", len(gaps)], ["prompts with pairs", len({str(pair["id"]) for pair in run.pairs})]]
-    lines += [["mean margin", number(float(np.mean(margins)))], ["mean gap", number(float(np.mean(gaps)))]]
-    lines.append(["gap 0 (weight 0 in SPA)", f"{zero} ({percent(zero / len(gaps))})"])
-    lines.append(["the preferred answer has the lower total", f"{lower} ({percent(lower / len(gaps))})"])
-    delta, w = run.argument("05_pairs", "delta"), np.array(run.weights)
+    facts = {"number": len(gaps), "prompts": len({str(pair["id"]) for pair in run.pairs})}
+    facts |= {"margin": float(np.mean(margins)), "gap": float(np.mean(gaps)), "zero": gaps.count(0)}
+    facts["lower"] = sum(round(chosen - rejected, 9) < 0 for chosen, rejected in totals)
+    delta = run.argument("05_pairs", "delta")
     rules = [(delta, f"δ = {delta:g}")] if delta else []
     charts = [bars(run, "Margins", "sum of |ΔG|", {"pairs": margins}, "pairs", rules=rules)]
     charts.append(bars(run, "Gaps", "|Δ of the sum of G|", {"pairs": gaps}, "pairs"))
-    if len(w):
-        lines.append([f"largest weight, α = {run.alpha:g}", number(float(w.max()))])
-        lines.append(["effective sample size (Σw)² / Σw²", percent(w.sum() ** 2 / (w**2).sum() / len(w))])
+    if run.weights:
+        w = np.array(run.weights)
+        facts |= {"largest": float(w.max()), "effective": w.sum() ** 2 / (w**2).sum() / len(w)}
         title, rules = f"Weights, α = {run.alpha:g}", [(1, "mean gap")]
         charts.append(bars(run, title, "(gap / mean gap)^α", {"pairs": run.weights}, "pairs", rules=rules))
-    facts = {"trained": run.records["06_train"].get("args", {}), "weighted": len(w) > 0}
-    return section(charts, [table("All pairs", ["", "number"], lines)]) | facts
+    return facts | {"figures": charts, "trained": run.records["06_train"].get("args", {})}
 
 
 def show_training(run: Run, args: Args) -> dict:
@@ -504,38 +476,31 @@ def show_training(run: Run, args: Args) -> dict:
             lines[name] = given
     lines["steps"] = [f"{len(made['steps'])}{'' if made['complete'] else ', not finished'}" for made in trainings]
     lines["measured over"] = ["held-out prompts" if made["held_out"] else "training prompts" for made in trainings]
-    for name in dict.fromkeys(name for made in trainings for row in made["fixed"][:1] for name in row):
+    for name in dict.fromkeys(name for made in trainings for row in made["fixed prompts"][:1] for name in row):
         if name not in ("step", "epoch"):
-            lines[name] = [before_after(made["fixed"], name) for made in trainings]
-    rows, folded = [[name, *cells] for name, cells in lines.items()], []
+            lines[name] = [before_after(made["fixed prompts"], name) for made in trainings]
+    steps = {}
     for stem, made in run.trainings.items():
-        if steps := made["steps"]:
-            names = list(dict.fromkeys(name for row in steps for name in row if is_number(row[name])))
-            every = math.ceil(len(steps) / MOST_STEPS)
-            caption = f"Metrics by step ({stem})" + (f", one in {every}" if every > 1 else "")
-            cells = [[number(row.get(name)) for name in names] for row in steps[::every]]
-            folded.append((f"Steps ({stem})", [table(caption, names, cells)]))
-    tables = [table("Over a fixed set of prompts, before → after training", ["", *run.trainings], rows)]
-    return {"figures": [f for name in CURVES if (f := curve(run, name))], "tables": tables, "folded": folded}
+        names = list(dict.fromkeys(name for row in made["steps"] for name in row if is_number(row[name])))
+        every = math.ceil(len(made["steps"]) / MOST_STEPS)
+        cells = [[number(row.get(name)) for name in names] for row in made["steps"][:: every or 1]]
+        steps[stem] = {"names": names, "every": every, "lines": cells}
+    figures = [figure for name in CURVES if (figure := curve(run, name))]
+    return {"figures": figures, "lines": [[name, *cells] for name, cells in lines.items()], "steps": steps}
 
 
 def curve(run: Run, name: str) -> dict | None:
     """A metric of all trainings over the steps, and over fixed prompts with a marker; None if no training has it."""
-    lines, gammas = [], set()
+    lines, gammas, several = [], set(), len(run.trainings) > 1
     for i, (stem, made) in enumerate(run.trainings.items()):
         given = made["args"]
         if name == "rewards/margins" and given.get("loss") in ("spa", "simpo") and given.get("beta") is not None:
             gammas.add(given["beta"] * given.get("gamma_beta_ratio", 0))
-        for kind, rows in (("steps", made["steps"]), ("fixed prompts", made["fixed"])):
-            if points := [(row["step"], row[name]) for row in rows if is_number(row.get(name))]:
-                fixed = kind == "fixed prompts"
-                colour = SERIES[(i if len(run.trainings) > 1 else fixed) % len(SERIES)]
-                shape = (
-                    {"marker": "D", "markersize": 5, "linestyle": "--"} if fixed else {"marker": "o", "markersize": 3}
-                )
-                shape |= {} if len(points) <= 60 else {"marker": ""}
-                label = f"{shared.visible(stem)}, {kind}" if len(run.trainings) > 1 else kind
-                lines.append((points, {"color": colour, "label": label, **shape}))
+        for j, (kind, style) in enumerate(LINES.items()):
+            if points := [(row["step"], row[name]) for row in made[kind] if is_number(row.get(name))]:
+                own = {"color": SERIES[(i if several else j) % len(SERIES)]}
+                own["label"] = f"{shared.visible(stem)}, {kind}" if several else kind
+                lines.append((points, style | own | ({"marker": ""} if len(points) > 60 else {})))
     if not lines:
         return None
 
@@ -586,8 +551,7 @@ def show_prompts(run: Run, args: Args) -> dict:
             lines.append([" > ".join(sides), number(pair["margin"]), number(pair["gap"]), number(weight)])
         prompt = {"id": id, "asked": common.plain_text(row["prompt"]), "answers": answers, "names": run.names}
         prompt |= {"fate": run.fates.get(id, "not filtered"), "det": run.dets.get(id)}
-        paired = table(f"Pairs of {id}", ["chosen > rejected", "margin", "gap", "weight"], lines)
-        shown.append(prompt | {"pairs": paired if "05_pairs.jsonl" in run.rows else None})
+        shown.append(prompt | {"pairs": lines if "05_pairs.jsonl" in run.rows else None})
     return {"shown": shown, "number": len(run.answers)}
 
 
@@ -596,7 +560,7 @@ def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
     sets = []
     for test_set, (base, *others) in shared.by_test_set(runs).items():
         names, shown = base.objectives, []
-        means = {run.name: prompt_means(run.groups(), len(names)) for run in (base, *others)}
+        means = {run.name: shared.prompt_means(run.groups(), names) for run in (base, *others)}
         for run in others:
             shared.shared_ids(base, run)  # an id is the same prompt in both
             means[f"{run.name} − {base.name}"] = gains(means[run.name], means[base.name])
@@ -606,8 +570,7 @@ def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
             answers = {name: of[row["id"]] for name, of in first.items()}
             prompt = {"id": row["id"], "asked": common.plain_text(row["prompt"]), "answers": answers, "names": names}
             shown.append(prompt | {"fate": "", "det": None, "pairs": None})
-        caption = f"{test_set or 'Test'} prompts: mean score [95 % interval]"
-        sets.append({"means": table(caption, ["", "prompts", *names], lines), "shown": shown})
+        sets.append({"name": test_set or "Test", "names": names, "means": lines, "shown": shown})
     return sets
 
 
@@ -624,9 +587,9 @@ def build_page(runs: list[Run], test_runs: list[shared.Run], args: Args) -> str:
     for i, run in enumerate(tqdm(runs, desc="report", unit="run"), 1):
         shown.append({key: show(run, args) for key, show in SECTIONS.items()} | {"of": run, "anchor": f"run{i}"})
         shown[-1]["definitions"] = shared.definitions(run.scored_by)
-    glance = table("Means with 95 % intervals, and counts", ["", *numbers], numbers.itertuples())
+    texts = {"number": number, "percent": percent, "plain": plain, "scores_of": scores_of}  # how the page writes them
     facts = {"tests": show_tests(test_runs, args), "whole": bool(args.ids), "seed": args.seed}
-    return shared.render_page(PAGE.name, runs=shown, numbers=glance, plain=plain, scores_of=scores_of, **facts)
+    return shared.render_page(PAGE.name, runs=shown, numbers=list(numbers.itertuples()), **facts, **texts)
 
 
 def main(args: Args) -> None:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from common import arg, check
 
+PAGES = Path(__file__).with_name("pages")
 det_covariance = importlib.import_module("04_denoise").det_covariance  # equation 1 stands there, once
 # colours that are told apart also by people who are colour-blind; black last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -53,8 +54,7 @@ class Run:
     @property
     def objectives(self) -> list[str]:
         """Names of the objectives, in order of priority."""
-        groups = (scores for group in self.groups().values() for scores in group if scores)
-        return objective_names(self.made, len(next(groups, ())))
+        return objective_names(self.made, self.groups())
 
     @property
     def judge(self) -> str | None:
@@ -67,15 +67,15 @@ class Run:
 
     def means(self) -> pd.DataFrame:
         """The mean scores of each prompt that has any: a row a prompt, a column an objective."""
-        means = prompt_means(self.groups())
-        check(means, f"{self.path}: no response has scores")
-        return pd.DataFrame.from_dict(means, orient="index", columns=self.objectives)
+        means = prompt_means(self.groups(), self.objectives)
+        check(len(means), f"{self.path}: no response has scores")
+        return means
 
 
-def objective_names(made: dict[str, dict], k: int) -> list[str]:
-    """The names of k objectives, from the records where they have as many; k = 0: as many as the records have."""
-    names = common.names_of(made)
-    return names if len(names) == k or (names and not k) else [f"objective {i}" for i in range(1, (k or 2) + 1)]
+def objective_names(made: dict[str, dict], groups: dict[str, list]) -> list[str]:
+    """The names of the objectives that were scored, in order of priority: the records', else numbers."""
+    scores = next((scores for group in groups.values() for scores in group if scores), ())
+    return common.names_of(made, len(scores)) or ["objective 1", "objective 2"]
 
 
 def judge_name(args: dict) -> str | None:
@@ -167,27 +167,26 @@ def read_runs(
 
 def differences(runs: list[Run]) -> list[str]:
     """What keeps the scores of these runs from comparing, a text each; runs without a record are not looked at."""
-    ways: dict[str, dict] = {}  # what -> {name of a run: (value that must be the same, how it is shown)}
+    found: dict[str, dict] = {}  # what -> {name of a run: its way}
     for run in (run for run in runs if run.record):
-        args, judge = run.args, judge_content(run.record)  # a judge is what is in its folder, wherever that lies
-        way = {
-            "judges": (judge or run.judge, f"{run.judge} {judge}".strip()),
-            "ways of reading scores": [run.record.get("scores_read") or args.get("score_mode")] * 2,
-            "judge prompts": [args.get("judge_template")] * 2,
-            "judge prompts with and without the instruction": [args.get("with_instruction")] * 2,
-            "chat templates of the judge": [args.get("judge_chat_template")] * 2,
+        content = judge_content(run.record)  # a judge is what is in its folder, wherever that lies
+        ways = {
+            "judges": content or run.judge,
+            "ways of reading scores": run.record.get("scores_read") or run.args.get("score_mode"),
+            "judge prompts": run.args.get("judge_template"),
+            "judge prompts with and without the instruction": run.args.get("with_instruction"),
+            "chat templates of the judge": run.args.get("judge_chat_template"),
         }
         damaged = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
         with contextlib.suppress(*damaged):  # the definitions as the judge has read them
             words = ast.literal_eval(run.record.get("inputs", {}).get("constitution", "[]"))
-            way |= {f"definitions of {name}": [text] * 2 for name, text in words}
-        for what, value in way.items():
-            ways.setdefault(what, {})[f"{run.test_set}:{run.name}".lstrip(":")] = value
-    found = {what: of_runs for what, of_runs in ways.items() if len({value for value, _ in of_runs.values()}) > 1}
-    shown = {
-        what: ", ".join(f"{run}: {str(text)[:60]}" for run, (_, text) in own.items()) for what, own in found.items()
-    }
-    return [f"several {what} ({text})" for what, text in shown.items()]
+            ways |= {f"definitions of {name}": text for name, text in words}
+        for what, way in ways.items():
+            shown = f"{run.judge} {content}".strip() if what == "judges" else str(way)
+            found.setdefault(what, {})[f"{run.test_set}:{run.name}".lstrip(":")] = (way, shown[:60])
+    several = {what: own for what, own in found.items() if len({way for way, _ in own.values()}) > 1}
+    listed = {what: ", ".join(f"{run}: {shown}" for run, (_, shown) in own.items()) for what, own in several.items()}
+    return [f"several {what} ({text})" for what, text in listed.items()]
 
 
 def by_test_set(runs: list[Run]) -> dict[str, list[Run]]:
@@ -195,10 +194,21 @@ def by_test_set(runs: list[Run]) -> dict[str, list[Run]]:
     return {name: [run for run in runs if run.test_set == name] for name in dict.fromkeys(r.test_set for r in runs)}
 
 
-def prompt_means(groups: dict[str, list]) -> dict[str, tuple[float, ...]]:
-    """id -> mean of each axis over the prompt's scored responses; prompts without any are left out."""
-    read = {id: [scores for scores in group if scores is not None] for id, group in groups.items()}
-    return {id: tuple(np.mean(group, axis=0)) for id, group in read.items() if group}
+def read_scores(group: list) -> list[list]:
+    """Of some responses' scores those that were read."""
+    return [scores for scores in group if scores is not None]
+
+
+def prompt_means(groups: dict[str, list], names: list[str]) -> pd.DataFrame:
+    """The mean over each prompt's scored responses: a row a prompt that has any, a column an objective."""
+    means = {id: np.mean(read_scores(group), axis=0) for id, group in groups.items() if any(group)}
+    return pd.DataFrame.from_dict(means, orient="index", columns=names)
+
+
+def dets_of(groups: dict[str, list], filtered: list[dict], ddof: int = 0) -> dict[str, float]:
+    """id -> det Σ of its responses' scores, but that of stage 4 where it has left one: another covariance, maybe."""
+    found = {str(id): det_covariance(read_scores(group), ddof) for id, group in groups.items() if any(group)}
+    return found | {str(row["id"]): row["det"] for row in filtered if row.get("det") is not None}
 
 
 def shared_ids(one: Run, other: Run) -> list[str]:
@@ -385,8 +395,9 @@ def with_interval(row: dict, name: str = "", digits: int = 2, scale: float = 1, 
 # Tables and figures. **bold** is Markdown, in LaTeX it becomes \textbf.
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table, numbers to the right; with two digits those that are not whole."""
+    rows = [[round_half_up(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -407,15 +418,22 @@ def latex_table(header: list, rows: list[list[str]]) -> str:
     return text.translate({ord("±"): r"$\pm$", ord("–"): "--", ord("−"): "$-$", ord("λ"): r"$\lambda$"})
 
 
-def write_csv(path: Path, rows: list[dict] | pd.DataFrame) -> None:
-    """The numbers behind a table or a figure, unrounded; what is not defined is an empty cell."""
-    with common.replace_file(path) as file:
-        pd.DataFrame(rows, dtype=object).to_csv(file, index=False)
-
-
 def write_text(path: Path, text: str) -> None:
     with common.replace_file(path) as file:
         file.write(text if text.endswith("\n") else text + "\n")
+
+
+def write_csv(path: Path, rows: list[dict] | pd.DataFrame) -> None:
+    """The numbers behind a table or a figure, unrounded; what is not defined is an empty cell."""
+    write_text(path, pd.DataFrame(rows, dtype=object).to_csv(index=False))
+
+
+def write_table(output_dir: str, name: str, text: str, rows: list[dict] | pd.DataFrame) -> Path:
+    """Writes OUTPUT_DIR/name.md, the tables, and name.csv, the numbers behind them; gives the path of the first."""
+    path = output_path(output_dir, f"{name}.md")
+    write_text(path, text)
+    write_csv(path.with_suffix(".csv"), rows)
+    return path
 
 
 @contextlib.contextmanager
@@ -426,10 +444,7 @@ def figure(path: Path, columns: int = 1, width: float = 6.4, height: float = 4.0
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"axes.prop_cycle": matplotlib.cycler(color=COLOURS), "font.size": 10, "savefig.dpi": 160}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    style |= {"legend.frameon": False, "pdf.fonttype": 42}  # fonts stay text
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(fname=PAGES / "figure.mplstyle"):
         drawing, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
         yield axes
         for suffix in (".png", ".pdf"):
@@ -451,15 +466,14 @@ def render_page(name: str, **values) -> str:
     """eval/pages/NAME filled in. Every text is escaped; `hashes` lets in the page's own style and script, no other."""
     import jinja2
 
-    folder = Path(__file__).with_name("pages")
-    source, hashes = (folder / name).read_text(encoding="utf-8"), {}
+    source, hashes = (PAGES / name).read_text(encoding="utf-8"), {}
     for tag in ("style", "script"):
         if found := re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL):
             digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
             hashes[tag] = f"sha256-{digest}"
 
     pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+        loader=jinja2.FileSystemLoader(PAGES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
