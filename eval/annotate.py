@@ -1,9 +1,9 @@
 """Blind pairwise annotation by people, and their agreement with each other and the judge (Figure 8, Table 6).
 
-With --runs it builds one HTML page (from eval/pages/annotate.html) that shows two systems' answers to the same prompts,
-sides shuffled, and asks which is better on each of the objectives. The page needs no server and no network, runs no
-markup of a model, keeps its progress in the browser and does not name the systems (what an answer says of its own maker
-stays). Each annotator sends back the JSON file that its Export button saves. With --exports it computes the agreement.
+With --runs it builds one HTML page (eval/pages/annotate.html) that shows two systems' answers to the same prompts,
+sides shuffled, and asks which is better on each objective. The page needs no server and no network, runs no markup of
+a model, keeps its progress in the browser and does not name the systems (what an answer says of its own maker stays).
+Each annotator sends back the JSON file that its Export button saves. With --exports it computes the agreement.
 
     reads   two scored run directories (01_sample.py --temperature 0 --n 1, then 02_score.py); the first
             response to each prompt that both have
@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import shared
+from sklearn.metrics import cohen_kappa_score
 
 import common
 from common import arg, check
@@ -98,16 +99,12 @@ def build(args: Args) -> None:
     shared.write_text(key_file, json.dumps(key, ensure_ascii=False, indent=1))
     shared.write_text(page_file, shared.render_page("annotate.html", data=data))
 
-    items = key["items"]
+    items, texts = key["items"], data["items"]
     print(f"study {key['study']}: {names[0]} against {names[1]} on {' and '.join(key['dimensions'])}")
-    for text, count in (
-        ("prompts in common", len(shared.shared_ids(*runs))),
-        ("drawn", len(items)),
-        (f"{names[0]} on the left", sum(item["left"] == names[0] for item in items)),
-        ("both answers the same", sum(item["left"] == item["right"] for item in data["items"])),
-        ("without a judge's score", sum(None in item["scores"].values() for item in items)),
-    ):
-        print(f"  {text:<24}{count:>6}")
+    print(f"  {len(items)} of {len(shared.shared_ids(*runs))} prompts in common are drawn")
+    print(f"  {names[0]} is on the left in {sum(item['left'] == names[0] for item in items)} of them")
+    print(f"  both answers are the same in {sum(item['left'] == item['right'] for item in texts)}")
+    print(f"  a judge's score is missing in {sum(None in item['scores'].values() for item in items)}")
     print(f"{page_file}: for the annotators; opens in any browser, names no system, sends nothing")
     print(f"{key_file}: for you, not for them")
     print(f"then: python eval/annotate.py --exports FILE … --key {key_file}")
@@ -148,8 +145,8 @@ def read_export(path: Path, key: dict) -> tuple[str, dict[tuple[str, str], str]]
         where = f"{path}, answer {number}"
         check(isinstance(answer, dict), f"{where}: not an object")
         item, dimension, choice = (answer.get(name) for name in ("item", "dimension", "choice"))
-        check(isinstance(item, str) and item in items, f"{where}: unknown item {item!r}")
-        check(dimension in key["dimensions"], f"{where}: unknown dimension {dimension!r}")
+        for name, value, known in (("item", item, items), ("dimension", dimension, key["dimensions"])):
+            check(isinstance(value, str) and value in known, f"{where}: unknown {name} {value!r}")
         check(choice in SIDES, f"{where}: choice {choice!r}; one of {', '.join(SIDES)}")
         check((dimension, item) not in found, f"{where}: item {item} has been answered on {dimension} before")
         first = choice != "tie" and items[item][choice] == key["systems"][0]
@@ -174,8 +171,6 @@ def judge_choices(key: dict, tie: float) -> dict[tuple[str, str], str]:
 
 def cohen_kappa(a: list, b: list) -> float:
     """Cohen's κ of two raters of the same items, nominal; NaN where both know one category alone, or nothing is."""
-    from sklearn.metrics import cohen_kappa_score
-
     return float(cohen_kappa_score(a, b)) if len({*a, *b}) > 1 else math.nan
 
 
@@ -194,6 +189,17 @@ def fleiss_kappa(counts) -> tuple[np.ndarray, float]:
     return equal, float((equal.mean() - expected) / (1 - expected)) if expected < 1 else math.nan
 
 
+def agreement(choices: np.ndarray) -> dict:
+    """How far the raters of the same items agree: choices (N, raters). "equal": an item's pairs that do, a share."""
+    equal, kappa = fleiss_kappa([[list(item).count(choice) for choice in CHOICES] for item in choices])
+    two = choices.shape[1] == 2
+    return {
+        "equal": equal,
+        "kappa": cohen_kappa(*choices.T) if two else kappa,
+        "kappa_of": "Cohen" if two else "Fleiss",
+    }
+
+
 def majority(choices: list[str]) -> str:
     """What more than half chose, else a tie."""
     choice, count = Counter(choices).most_common(1)[0]
@@ -202,67 +208,33 @@ def majority(choices: list[str]) -> str:
 
 def agreement_rows(people: dict[str, dict], judge: dict, key: dict, seed: int) -> list[dict]:
     """The rows of the three tables. people: annotator -> {(dimension, item): choice}; judge: the same."""
-    rows = []
+    rows, items = [], [item["item"] for item in key["items"]]
     for dimension in key["dimensions"]:
-        *chosen, (_, scored) = [
-            (name, pd.Series({item: choice for (of, item), choice in answers.items() if of == dimension}, dtype=object))
-            for name, answers in [*people.items(), ("judge", judge)]
-        ]
         # an item a row, an annotator a column; what was not answered is missing
-        table = pd.DataFrame(dict(chosen), index=list(dict.fromkeys(item for _, of in chosen for item in of.index)))
-        everyone = [("all annotators", pd.concat([of for _, of in chosen]))] if len(people) > 1 else []
+        of_all = {name: [answers.get((dimension, item)) for item in items] for name, answers in people.items()}
+        table = pd.DataFrame(of_all, index=items, dtype=object)
+        scored = pd.Series({item: judge[dimension, item] for item in items if (dimension, item) in judge}, dtype=object)
+        chosen = [(name, table[name].dropna()) for name in table]
+        everyone = [("all annotators", table.stack().dropna())] if len(people) > 1 else []
         for who, choices in [*chosen, *everyone, ("judge", scored)]:
             counts = {choice: int((choices == choice).sum()) for choice in CHOICES}
             rows.append({"table": "choices", "dimension": dimension, "who": who, "items": len(choices)} | counts)
 
-        agreements = []
+        compared = []
         if len(people) > 1:
-            full, some = table.dropna(), table.dropna(how="all")
-            equal, kappa = fleiss_kappa([[list(of).count(choice) for choice in CHOICES] for of in full.to_numpy()])
-            if len(people) == 2:
-                agreements.append(("annotators", " and ".join(people), equal, cohen_kappa(*full.to_numpy().T), "Cohen"))
-            else:
-                agreements.append(("annotators", f"{len(people)} annotators", equal, kappa, "Fleiss"))
-            most = [majority([choice for choice in of if isinstance(choice, str)]) for of in some.to_numpy()]
-            chosen.append(("majority", pd.Series(most, some.index)))
+            who = " and ".join(people) if len(people) == 2 else f"{len(people)} annotators"
+            compared.append(("annotators", who, table.dropna().to_numpy()))
+            answered = table.dropna(how="all")
+            chosen.append(("majority", answered.apply(lambda item: majority(item.dropna().tolist()), axis="columns")))
         for who, choices in chosen:
-            both = [item for item in choices.index if item in scored.index]
-            a, b = choices[both].tolist(), scored[both].tolist()
-            equal = [float(x == y) for x, y in zip(a, b, strict=True)]
-            agreements.append(("judge", who, equal, cohen_kappa(a, b), "Cohen"))
-        for name, who, equal, kappa, kind in agreements:
-            row = {"table": name, "dimension": dimension, "who": who, "items": len(equal)}
-            mean, low, high = shared.estimate(equal, seed=seed).values()
-            rows.append(row | {"agreement": mean, "low": low, "high": high, "kappa": kappa, "kappa_of": kind})
+            both = pd.concat([choices, scored], axis="columns", join="inner")
+            compared.append(("judge", who, both.to_numpy()))
+        for name, who, choices in compared:
+            found = agreement(choices)
+            mean, low, high = shared.estimate(found.pop("equal"), seed=seed).values()
+            row = {"table": name, "dimension": dimension, "who": who, "items": len(choices)}
+            rows.append(row | {"agreement": mean, "low": low, "high": high} | found)
     return rows
-
-
-def report(rows: list[dict], key: dict, people: dict[str, dict]) -> str:
-    """The tables in Markdown."""
-    wanted, (system_a, system_b) = len(key["items"]) * len(key["dimensions"]), key["systems"]
-    given = ", ".join(f"{name} ({len(answers)} of {wanted})" for name, answers in people.items())
-    judge = f"the judge{', ' + key['judge'] if key.get('judge') else ''} (Table 6)"
-    notes = {
-        "choices": f"# {system_a} against {system_b}, annotated\n\nAnswers given: {given}",
-        "annotators": "## Annotators with each other\n\nOn the items that all have answered: the share of equal "
-        "choices and Cohen's κ; of more than two annotators, the mean over pairs and Fleiss' κ.",
-        "judge": f"## Annotators with {judge}\n\nThe share of equal choices and Cohen's κ. The majority is what more "
-        "than half chose, else a tie.",
-    }
-    parts = []
-    for table, note in notes.items():
-        header, cells = ["dimension", "who", "items", "agreement %, 95 % interval", "κ"], []
-        if table == "choices":
-            header = ["dimension", "who", "answers", f"{system_a} better", "tie", f"{system_b} better"]
-        for row in (row for row in rows if row["table"] == table):
-            if table == "choices":
-                numbers = [str(row[choice]) for choice in CHOICES]
-            else:
-                agreement = shared.with_interval(row | {"mean": row["agreement"]}, digits=1, scale=100)
-                numbers = [agreement, shared.round_half_up(row["kappa"])]
-            cells.append([row["dimension"], row["who"], str(row["items"]), *numbers])
-        parts += [note, shared.markdown_table(header, cells)] if cells else []
-    return "\n\n".join(parts)
 
 
 def agree(args: Args) -> None:
@@ -277,10 +249,8 @@ def agree(args: Args) -> None:
     judge = judge_choices(key, args.judge_tie)
     rows = agreement_rows(people, judge, key, args.seed)
 
-    text = report(rows, key, people)
-    text_file = shared.output_path(args.output_dir, "annotate_agreement.md")
-    shared.write_text(text_file, text)
-    shared.write_csv(text_file.with_suffix(".csv"), rows)
+    text = shared.render_page("annotate_agreement.md", rows=rows, key=key, people=people)
+    text_file = shared.write_table(args.output_dir, "annotate_agreement", text, rows)
     print(text)
     if unscored := len(key["items"]) - len({item for _, item in judge}):
         print(f"\n{unscored} items have no judge's score and are left out of the comparison with the judge")

@@ -43,24 +43,10 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     return np.array(front[::-1])
 
 
-def moves_table(before: pd.DataFrame, after: pd.DataFrame, tolerance: float, title: str) -> str:
-    """How many prompts made each pair of moves, and what share of them the paper's order likes.
-
-    before, after: the same prompts, a row each, with their (primary, secondary) scores.
-    """
-    change = after - before
+def count_moves(change: pd.DataFrame, tolerance: float) -> pd.DataFrame:
+    """How many prompts made each pair of moves: a row a move of the primary, a column one of the secondary."""
     steps = np.where(change > tolerance, "up", np.where(change < -tolerance, "down", "same"))  # (N, 2)
-    counts = pd.crosstab(steps[:, 0], steps[:, 1]).reindex(index=MOVES, columns=MOVES, fill_value=0)
-    shares = counts / counts.to_numpy().sum()
-    primary, secondary = before.columns
-    rows = [[f"{primary} {m}", *map(str, counts.loc[m]), f"{shares.loc[m].sum():.0%}"] for m in MOVES]
-    rows.append(["all", *(f"{shares[m].sum():.0%}" for m in MOVES), str(len(before))])
-    kept = shares.loc["up"].sum() + shares.loc["same", "up"]
-    return (
-        shared.markdown_table([title, *(f"{secondary} {m}" for m in MOVES), "all"], rows)
-        + f"\n\nbetter in the paper's order (primary up, or equal and secondary up): {kept:.0%}; "
-        f"priority broken (primary down): {shares.loc['down'].sum():.0%}"
-    )
+    return pd.crosstab(steps[:, 0], steps[:, 1]).reindex(index=MOVES, columns=MOVES, fill_value=0)
 
 
 def main(args: Args) -> None:
@@ -69,15 +55,14 @@ def main(args: Args) -> None:
     names = runs[0].objectives[:2]
     if len(runs[0].objectives) > 2:
         common.warn(f"of {len(runs[0].objectives)} objectives only {names[0]} and {names[1]} are shown")
-    means = [run.means()[names] for run in runs]
-    texts = []
+    means, moves = [run.means()[names] for run in runs], {}
     for run, after in zip(runs[1:], means[1:], strict=True):
-        ids = [id for id in shared.shared_ids(runs[0], run) if id in means[0].index and id in after.index]
-        check(ids, f"{runs[0].path} and {run.path} have no scored prompt in common")
-        title = f"{runs[0].name} → {run.name}"
-        texts.append(moves_table(means[0].loc[ids], after.loc[ids], args.tolerance, title))
+        shared.shared_ids(runs[0], run)  # an id is the same prompt in both
+        change = shared.gains(after, means[0])
+        check(len(change), f"{runs[0].path} and {run.path} have no scored prompt in common")
+        moves[f"{runs[0].name} → {run.name}"] = count_moves(change, args.tolerance)
 
-    table, path = [], shared.output_path(args.output_dir, "frontier.csv")
+    table, path = [], shared.output_path(args.output_dir, "frontier.md")
     with shared.figure(path, width=5.6, height=5.2) as axes:
         for run, points, marker, colour in zip(runs, means, "osD^vP*X" * 9, shared.COLOURS * 9, strict=False):
             on_front = set(map(tuple, pareto_front(points.to_numpy()).tolist()))
@@ -92,10 +77,9 @@ def main(args: Args) -> None:
             axes.scatter(secondary.mean(), primary.mean(), s=150, edgecolor="black", label=label, **own)
         axes.set(xlabel=f"{names[1]} (secondary)", ylabel=f"{names[0]} (primary)")
         axes.legend(title="large: mean; line: Pareto front", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-    shared.write_csv(path, table)
-    shared.write_text(path.with_suffix(".md"), "\n\n".join(texts))
-    print("\n\n".join(texts))
-    print(f"wrote {path}, {path.with_suffix('.md').name}, .png and .pdf")
+    text = shared.render_page("frontier.md", moves=moves, primary=names[0], secondary=names[1])
+    shared.write_table(args.output_dir, "frontier", text, table)
+    print(f"{text}\nwrote {path}, .csv, .png and .pdf")
 
 
 if __name__ == "__main__":

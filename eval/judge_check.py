@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import shared
+from scipy.stats import binomtest
 
 import common
 from common import arg, check
@@ -32,26 +33,25 @@ class Args(shared.JudgeArgs):
     probes: str = arg("data/judge_probes.jsonl", "file of the probes")
     split: str = arg("test", "which of them; try other judge prompts on train", ("test", "train", ALL))
     one_at_a_time: bool = arg(False, "each probe is judged on its own objective alone")
-    against: str | None = arg(
-        None, "output_dir of another judge's check, or a run with stage 2's: where do they differ?", free=True
-    )
+    against: str | None = arg(None, "output_dir of another check, or a run: where do the judges differ?", free=True)
 
 
-def by_length(rows: list[dict], probes: dict[str, dict], name: str) -> dict[str, dict]:
+def by_length(rows: list[dict], probes: dict[str, dict]) -> dict[str, dict]:
     """The counts where the better answer is the shorter one, in words, and where it is not."""
     pairs: dict[str, list] = {"better_is_shorter": [], "better_is_longer": []}
     for row in rows:
-        if row["objective"] == name:
-            words = [len(probes[row["id"]][side].split()) for side in ("better", "worse")]
-            which = "better_is_shorter" if words[0] < words[1] else "better_is_longer"
-            pairs[which].append((row["better"], row["worse"]))
+        better, worse = (len(probes[row["id"]][side].split()) for side in ("better", "worse"))
+        pairs["better_is_shorter" if better < worse else "better_is_longer"].append((row["better"], row["worse"]))
     return {which: common.count_right(own) for which, own in pairs.items()}
+
+
+def right_of(rows: list[dict]) -> dict[str, bool]:
+    """id -> whether the better answer has the higher score."""
+    return {row["id"]: common.is_right(row["better"], row["worse"]) for row in rows}
 
 
 def differences(own: dict[str, bool], other: dict[str, bool]) -> dict:
     """Where two judges differ on the probes that both were asked, with the exact McNemar test."""
-    from scipy.stats import binomtest
-
     ids = [id for id in own if id in other]
     only = [[id for id in ids if own[id] and not other[id]], [id for id in ids if other[id] and not own[id]]]
     count = len(only[0]) + len(only[1])
@@ -61,17 +61,35 @@ def differences(own: dict[str, bool], other: dict[str, bool]) -> dict:
 
 def read_check(folder: Path) -> dict[str, dict[str, bool]]:
     """{objective: {id: whether it was right}} of an earlier check, or of stage 2's; UserError if there is none."""
-    path = folder / "judge_check.json"
-    if (folder / "02_judge_check.jsonl").is_file() and not path.is_file():
-        rows = [common.parse_json(line, path.name) for _, line in common.read_lines(folder / "02_judge_check.jsonl")]
-        return {
-            name: {r["id"]: common.is_right(r["better"], r["worse"]) for r in rows if r["objective"] == name}
-            for name in common.CONSTITUTION
-        }
+    path, of_stage = folder / "judge_check.json", folder / "02_judge_check.jsonl"
+    if of_stage.is_file() and not path.is_file():
+        fields = {"id", "objective", "better", "worse"}
+        rows = [row for _, row in shared.read_jsonl(of_stage, fields, "not a row of 02_score.py")]
+        names = dict.fromkeys(row["objective"] for row in rows)
+        return {name: right_of([row for row in rows if row["objective"] == name]) for name in names}
     check(path.is_file(), f"--against {folder}: no judge_check.json there; make it with this script")
     found = common.parse_json(path.read_text(encoding="utf-8"), str(path))
     check(isinstance(found, dict) and isinstance(found.get("right"), dict), f"{path}: not written by this script")
     return found["right"]
+
+
+def draw(path: Path, checked: dict[str, dict], title: str) -> None:
+    """The shares with their intervals, of each objective and below it of its topics."""
+    points = [
+        (f"{label} (all)" if label == name else label, it, 7 if label == name else 4, colour)
+        for colour, (name, own) in zip(shared.COLOURS, checked.items(), strict=False)
+        for label, it in {name: own, **own["topics"]}.items()
+    ]
+    with shared.figure(path, width=6.4, height=0.8 + 0.2 * len(points)) as axes:
+        for y, (_, it, size, colour) in enumerate(points):
+            share = it["right"] / it["n"]
+            ends = [[max(0, share - it["low"])], [max(0, it["high"] - share)]]
+            axes.errorbar(share, y, xerr=ends, fmt="o", ms=size, color=colour)
+        axes.set_yticks(range(len(points)), [label for label, *_ in points], fontsize=8)
+        axes.invert_yaxis()
+        label = "share of probes whose better answer has the higher score, 95 % interval"
+        axes.set(xlim=(0, 1), xlabel=label, title=title)
+        axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
 
 
 def main(args: Args) -> None:
@@ -104,77 +122,22 @@ def main(args: Args) -> None:
         if rows is None:  # the first of several processes reports
             return
         for name, found in common.sum_up_check(rows).items():
-            checked[name] = found | by_length(rows, texts, name)
-            right[name] = {
-                row["id"]: common.is_right(row["better"], row["worse"]) for row in rows if row["objective"] == name
-            }
+            own = [row for row in rows if row["objective"] == name]
+            checked[name], right[name] = found | by_length(own, texts), right_of(own)
     common.finish(record, common.count_lines(outputs[0]))
 
     who = shared.judge_name(vars(args))
     title = f"{who}, {args.score_mode}{', one objective at a time' if args.one_at_a_time else ''}, {args.split}"
-    header = ["objective", "right order", "ties", "unread", "mean of better", "of worse"]
-    header += ["right where better is shorter", "where it is longer", "blind to"]
-    table, topics = [], []
-    for name, own in checked.items():
-        means = [
-            shared.round_half_up(own[key]) if own[key] is not None else "–" for key in ("mean_better", "mean_worse")
-        ]
-        lengths = [
-            common.share_with_interval(own["better_is_shorter"]),
-            common.share_with_interval(own["better_is_longer"]),
-        ]
-        counts = [
-            f"{own['right']} of {own['n']}: {common.share_with_interval(own)}",
-            str(own["ties"]),
-            str(own["unread"]),
-        ]
-        table.append([name, *counts, *means, *lengths, ", ".join(own["blind"]) or "–"])
-        topics += [
-            [f"{name}: {topic}", f"{it['right']} of {it['n']}", common.share_with_interval(it)]
-            for topic, it in own["topics"].items()
-        ]
-    parts = [title, shared.markdown_table(header, table)]
     differ = {name: differences(own, other[name]) for name, own in right.items() if name in other}
-    if differ:
-        rows = [
-            [
-                name,
-                str(it["n"]),
-                *(str(len(it[key])) for key in ("only_this_one_right", "only_the_other_right")),
-                f"{it['p']:.2g}",
-            ]
-            for name, it in differ.items()
-        ]
-        parts.append(
-            shared.markdown_table(["objective", "probes", "only this judge right", "only the other", "p"], rows)
-        )
-    print("\n\n".join(parts))
-    parts.append(shared.markdown_table(["topic", "right", "share"], topics))
+    facts = {"title": title, "checked": checked, "differ": differ, "share": common.share_with_interval}
+    text = shared.render_page("judge_check.md", **facts)
+    print(text.partition("\n\n| topic")[0])
     result = {"judge": who, "score_mode": args.score_mode, "split": args.split, "objectives": checked}
     result |= {"right": right, "against": {"folder": args.against, **differ} if differ else None}
     path = shared.output_path(args.output_dir, "judge_check.json")
     shared.write_text(path, json.dumps(result, ensure_ascii=False, indent=2))
-    shared.write_text(path.with_suffix(".md"), "\n\n".join(parts))
-    with shared.figure(path, width=6.4, height=0.8 + 0.2 * (len(topics) + len(checked))) as axes:
-        labels = []
-        for colour, (name, own) in zip(shared.COLOURS, checked.items(), strict=False):
-            for label, it in {name: own, **own["topics"]}.items():
-                share, y = it["right"] / it["n"], -len(labels)
-                size = 7 if label == name else 4
-                axes.errorbar(
-                    share,
-                    y,
-                    xerr=[[max(0, share - it["low"])], [max(0, it["high"] - share)]],
-                    fmt="o",
-                    ms=size,
-                    color=colour,
-                )
-                labels.append(f"{label} (all)" if label == name else label)
-        axes.set_yticks([-i for i in range(len(labels))], labels, fontsize=8)
-        axes.set(
-            xlim=(0, 1), xlabel="share of probes whose better answer has the higher score, 95 % interval", title=title
-        )
-        axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
+    shared.write_text(path.with_suffix(".md"), text)
+    draw(path, checked, title)
     print(f"\nwrote {path}, .md, .png and .pdf")
     _, verdict = common.judge_verdict({"02": {"checked": checked}}, [name for name, _ in objectives])
     if verdict:

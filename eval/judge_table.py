@@ -58,10 +58,9 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
         for weight in weights if own.shape[1] == 2 else ():
             own[f"HH{weight:g}"] = hh_score(own.iloc[:, 0], own.iloc[:, 1], weight)
 
-    def paired(i: int, j: int) -> pd.DataFrame:  # differences on the prompts that both have scores of
-        shared_ids = shared.shared_ids(runs[i], runs[j])
-        ids = [id for id in shared_ids if id in tables[i].index and id in tables[j].index]
-        return tables[i].loc[ids] - tables[j].loc[ids]
+    def paired(i: int, j: int) -> pd.DataFrame:
+        shared.shared_ids(runs[i], runs[j])  # an id is the same prompt in both
+        return shared.gains(tables[i], tables[j])
 
     rows = []
     for i, (run, own) in enumerate(zip(runs, tables, strict=True)):
@@ -81,75 +80,22 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
     return rows
 
 
-def table(rows: list[dict], cell, index: list[str], columns: list[str]) -> tuple[list, list[list[str]]]:
-    """(header, rows) of texts: a row a system, a column a measure (of a test set), cell(row) in it; – for none."""
-    frame = pd.DataFrame([row | {"cell": cell(row)} for row in rows])
-    wide = frame.pivot_table(index=index, columns=columns, values="cell", aggfunc="first", sort=False)
-    wide = wide.fillna("–").reset_index()
-    return list(wide.columns), wide.astype(str).to_numpy().tolist()
-
-
-def bold(text: str, row: dict) -> str:
-    return f"**{text}**" if row["best"] else text
-
-
-def overview(rows: list[dict], objectives: list[str]) -> tuple[list[tuple], list[list[str]]]:
-    """The paper's Table 1: a row a system, the means on each test set's objectives; header of (set, objective)."""
-    rows = [row for row in rows if row["measure"] in objectives]
-    mean = lambda row: bold(shared.round_half_up(row["mean"]), row)  # noqa: E731
-    header, cells = table(rows, mean, ["system"], ["test_set", "measure"])
-    return [("", "system"), *header[1:]], cells
-
-
-def set_tables(rows: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
-    """(header, rows) of one test set: means with intervals, the best bold; then differences to the first system."""
-    index, mean = ["system", "prompts", "unscored"], lambda row: bold(shared.with_interval(row), row)
-    tables, title = [table(rows, mean, index, ["measure"])], f"{{}} − {rows[0]['system']}"
-    changes = [
-        row | {"paired difference": title.format(row["system"]), "prompts": row["paired_prompts"]}
-        for row in rows
-        if "difference" in row
-    ]
-    if changes:
-        change = lambda row: shared.with_interval(row, "difference")  # noqa: E731
-        tables.append(table(changes, change, ["paired difference", "prompts"], ["measure"]))
-    return tables
-
-
-def chance_note(rows: list[dict]) -> str:
-    """How many comparisons the tables make, and how many would stand out if no system differed from another."""
-    columns = [n for n in Counter((row["test_set"], row["measure"]) for row in rows).values() if n > 1]
-    best, changes = sum(row["best"] for row in rows), sum("difference" in row for row in rows)
-    return (
-        f"{sum(columns)} cells are compared in {len(columns)} columns, {best} of them bold; about "
-        f"{sum(map(bold_by_chance, columns)):.2g} would be by chance if all systems were equal. Of {changes} intervals "
-        f"of differences about {0.05 * changes:.2g} would leave out 0 by chance."
-    )
-
-
 def main(args: Args) -> None:
     check(min(args.hh) > 0, f"--hh {min(args.hh):g}: numbers above 0 are wanted")
     runs = shared.read_runs(args.runs, per_set=True, allow_differences=args.allow_differences)
-    sets = shared.by_test_set(runs)
-    rows = [row for systems in sets.values() for row in measure_runs(systems, list(args.hh), args.seed)]
-    markdown, latex = [], []
-    if len(sets) > 1:
-        header, cells = overview(rows, [name for run in runs for name in run.objectives])
-        flat = [f"{test_set}: {name}" if test_set else name for test_set, name in header]
-        markdown, latex = [shared.markdown_table(flat, cells)], [shared.latex_table(header, cells)]
-    for test_set in sets:
-        tables = set_tables([row for row in rows if row["test_set"] == test_set])
-        markdown += [f"### {test_set}"] * bool(test_set) + [shared.markdown_table(*own) for own in tables]
-        latex += [f"% {test_set}"] * bool(test_set) + [shared.latex_table(*own) for own in tables]
-    judges = ", ".join(sorted({run.judge or "unknown" for run in runs}))
-    notes = [f"means over prompts; judge: {judges}; bootstrap over prompts, 10,000 draws"]
-    notes += [f"not alike: {text}" for text in shared.differences(runs)]
-    notes += [chance_note(rows)] if len(runs) > len(sets) else []
-    path = shared.output_path(args.output_dir, "judge_table.md")
-    text = "\n\n".join([*markdown, *notes])
-    shared.write_text(path, text)
-    shared.write_text(path.with_suffix(".tex"), "\n\n".join([*latex, *(f"% {note}" for note in notes)]))
-    shared.write_csv(path.with_suffix(".csv"), rows)
+    rows, sets = [], []
+    for test_set, systems in shared.by_test_set(runs).items():
+        rows += (found := measure_runs(systems, list(args.hh), args.seed))
+        by_system = {run.name: [row for row in found if row["system"] == run.name] for run in systems}
+        sets.append({"name": test_set, "objectives": systems[0].objectives, "systems": by_system})
+    # how many comparisons the tables make, and how many would stand out if no system differed from another
+    columns = [n for n in Counter((row["test_set"], row["measure"]) for row in rows).values() if n > 1]
+    facts = {"columns": columns, "by_chance": sum(map(bold_by_chance, columns))}
+    facts |= {"bold": sum(row["best"] for row in rows), "changes": sum("difference" in row for row in rows)}
+    facts |= {"judges": sorted({run.judge or "unknown" for run in runs}), "unlike": shared.differences(runs)}
+    text, latex = (shared.render_page(f"judge_table.{kind}", sets=sets, **facts) for kind in ("md", "tex"))
+    path = shared.write_table(args.output_dir, "judge_table", text, rows)
+    shared.write_text(path.with_suffix(".tex"), latex)
     print(f"{text}\n\nwrote {path}, .tex and .csv")
 
 

@@ -77,40 +77,17 @@ def summarize(name: str, right: pd.Series, first: pd.Series | None, seed: int) -
     return lines
 
 
-def show_tables(tables: dict[str, list[dict]]) -> str:
-    """mmlu.md: the overall accuracies, a row a model, and those by task, a column a model."""
-
-    def accuracy(row: dict) -> str:
-        return " ± ".join(shared.round_half_up(100 * row[key], 1) for key in ("accuracy", "standard_error"))
-
-    def difference(row: dict) -> str:
-        return shared.with_interval(row, "difference", digits=1, scale=100, sign=True)
-
-    several, overall, by_task = len(tables) > 1, [], []
-    for name, rows in tables.items():
-        cells = [[accuracy(row), *[difference(row)] * several] for row in rows[-2:]]
-        overall.append([name, str(rows[-2]["n"]), *cells[0], *cells[1]])
-    for rows in zip(*(table[:-2] for table in tables.values()), strict=True):
-        by_task.append([rows[0]["task"], str(rows[0]["n"]), *map(accuracy, rows)])
-    minus = [f"minus {next(iter(tables))}"] * several
-    note = f" Difference to {next(iter(tables))}: paired by question, 95 % bootstrap interval over questions." * several
-    parts = [f"Accuracy in percent ± standard error, from lm-evaluation-harness's samples.{note}"]
-    parts.append(shared.markdown_table(["model", "n", MICRO, *minus, MACRO, *minus], overall))
-    return "\n\n".join([*parts, shared.markdown_table(["task", "n", *tables], by_task)])
-
-
 def main(args: Args) -> None:
     named = shared.read_named(args.runs, "--runs", "NAME=DIR")
     samples = {name: read_samples(Path(folder), args.metric) for name, folder in named.items()}
-    first, tables = next(iter(samples)), {}
-    for name, found in samples.items():
-        same = found["digests"].equals(samples[first]["digests"])
-        check(same, f"{name} and {first} were asked other questions or in other prompts; run lm_eval alike for both")
-        compared = None if name == first else samples[first]["value"]
-        tables[name] = summarize(name, found["value"], compared, args.seed)
-    text, path = show_tables(tables), shared.output_path(args.output_dir, "mmlu.md")
-    shared.write_text(path, text)
-    shared.write_csv(path.with_suffix(".csv"), [row for rows in tables.values() for row in rows])
+    (name, first), *others = samples.items()
+    tables = {name: summarize(name, first["value"], None, args.seed)}
+    for other, found in others:
+        same = found["digests"].equals(first["digests"])
+        check(same, f"{other} and {name} were asked other questions or in other prompts; run lm_eval alike for both")
+        tables[other] = summarize(other, found["value"], first["value"], args.seed)
+    text = shared.render_page("mmlu.md", tables=tables, micro=MICRO, macro=MACRO)
+    path = shared.write_table(args.output_dir, "mmlu", text, [row for rows in tables.values() for row in rows])
     print(f"{text}\n\nwrote {path} and .csv")
 
 

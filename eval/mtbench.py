@@ -1,13 +1,11 @@
 """MT-Bench of one or several models (arXiv 2306.05685; the paper's Table 2).
 
-Every model answers 80 questions of two turns, the second with the first answer in the conversation. A judge
-grades each turn from 1 to 10 (single-answer grading with FastChat's prompts; for math, reasoning and coding
-it sees a reference answer). Temperatures by category are FastChat's. A judgment without a rating is asked
-again twice, with sampling, then it is null: counted, left out, never a default number.
+Every model answers 80 questions of two turns, the second with the first answer in the conversation. A judge grades
+each turn from 1 to 10 with FastChat's prompts; for math, reasoning and coding it sees a reference answer. A judgment
+without a rating is asked again twice, with sampling, then it is null: counted, left out, never a default number.
 
     reads   --questions and --references: FastChat's files llm_judge/data/mt_bench/question.jsonl and
-            reference_answer/gpt-4.jsonl:
-            {"question_id": 101, "category": "reasoning", "turns": ["…", "…"]}
+            reference_answer/gpt-4.jsonl: {"question_id": 101, "category": "reasoning", "turns": ["…", "…"]} and
             {"question_id": 101, "choices": [{"turns": ["…", "…"]}]}
     writes  OUTPUT_DIR/mtbench.md, .csv: means by category, of turn 1, turn 2 and both, with bootstrap intervals
             over questions and each model's paired difference to the first one
@@ -47,7 +45,8 @@ OTHER_TEMPERATURE = 0.7  # of a category that isn't MT-Bench's
 WITH_REFERENCE = ("math", "reasoning", "coding")
 PROMPTS = shared.read_jsonl(Path(__file__).parent / "prompts" / "mtbench.jsonl", {"name"}, "no judge prompt")
 JUDGE_PROMPTS = {row["name"]: (row["system_prompt"], row["prompt_template"]) for _, row in PROMPTS}
-TURNS = ("1", "2", "both")
+WANTED = {"--questions": "'question_id', 'category' and 'turns', two texts, are wanted"}
+WANTED["--references"] = "'question_id' and two texts at choices[0].turns are wanted"
 OVERALL = "all questions"
 
 
@@ -69,39 +68,36 @@ class Args(common.ModelArgs):
     run_dir: str | None = arg(None, "not used here: see --models and --output_dir", free=True)
 
 
-def read_file(path: str, option: str, wanted: str, texts) -> dict:
-    """question_id -> (where it stands, row, texts(row): two texts) of a file of FastChat's; UserError with the line."""
+def read_file(path: str, option: str) -> dict:
+    """question_id -> (where it stands, row with two "turns") of a file of FastChat's; UserError with the line."""
     check(Path(path).is_file(), f"{option} {path}: no such file")
     rows: dict = {}
-    for where, row in shared.read_jsonl(Path(path), {"question_id"}, f"no 'question_id'; {wanted}"):
+    for where, row in shared.read_jsonl(Path(path), {"question_id"}, f"no 'question_id'; {WANTED[option]}"):
         id, turns = row["question_id"], None
         with contextlib.suppress(LookupError, TypeError):
-            turns = texts(row)
+            turns = row["turns"] if option == "--questions" else row["choices"][0]["turns"]
         pair = isinstance(turns, list) and len(turns) == 2 and all(isinstance(t, str) and t.strip() for t in turns)
-        check(pair and isinstance(id, (int, str)), f"{where}: {wanted}")
+        check(pair and isinstance(id, (int, str)), f"{where}: {WANTED[option]}")
         check(id not in rows, f"{where}: question_id {id} again (first: {rows.get(id, [''])[0]})")
-        rows[id] = (where, row, turns)
+        rows[id] = (where, row | {"turns": turns})
     check(rows, f"{option} {path} has no rows")
     return rows
 
 
 def read_questions(path: str, references: str | None, limit: int | None) -> list[dict]:
     """[{"id", "category", "turns", "references"}, …], `references` two texts or None."""
-    wanted = "'question_id' and two texts at choices[0].turns are wanted"
-    first = lambda row: row["choices"][0]["turns"]  # noqa: E731
-    answers = read_file(references, "--references", wanted, first) if references else {}
-    wanted = "'question_id', 'category' and 'turns', two texts, are wanted"
+    answers = read_file(references, "--references") if references else {}
     questions, taken = [], Counter()
-    for id, (where, row, turns) in read_file(path, "--questions", wanted, lambda row: row["turns"]).items():
+    for id, (where, row) in read_file(path, "--questions").items():
         category = row.get("category")
-        check(isinstance(category, str) and category, f"{where}: {wanted}")
+        check(isinstance(category, str) and category, f"{where}: {WANTED['--questions']}")
         needs = category in WITH_REFERENCE
         way_out = f"{references} has none" if references else "pass --references FILE"
         check(id in answers or not needs, f"{where}: question {id} ({category}) needs a reference answer; {way_out}")
         taken[category] += 1
         if limit is None or taken[category] <= limit:
-            own = answers[id][2] if needs else None
-            questions.append({"id": id, "category": category, "turns": turns, "references": own})
+            own = answers[id][1]["turns"] if needs else None
+            questions.append({"id": id, "category": category, "turns": row["turns"], "references": own})
     return questions
 
 
@@ -124,26 +120,26 @@ def write_turn(engine, chats: list[list[dict]], seeds: list[int], temperatures: 
 
 def answer(args: Args, engine, some: list[dict]) -> list[dict | None]:
     """The rows of some questions: both turns, the second after the first; None where a server refuses one."""
-    temperatures = [TEMPERATURES.get(row["category"], OTHER_TEMPERATURE) for row in some]
-    chats, answers = [[] for _ in some], []
+    temperatures = [TEMPERATURES.get(question["category"], OTHER_TEMPERATURE) for question in some]
+    rows = [{"id": row["id"], "category": row["category"], "turns": [], "truncated": []} for row in some]
+    chats: list[list[dict]] = [[] for _ in some]
     for turn in (0, 1):
-        chats = [[*c, {"role": "user", "content": row["turns"][turn]}] for c, row in zip(chats, some, strict=True)]
-        seeds = [common.derive_seed(args.seed, row["id"], turn) for row in some]
-        answers.append(write_turn(engine, chats, seeds, temperatures, args.max_new_tokens))
-        for chat, one in zip(chats, answers[-1], strict=True):
+        for chat, question in zip(chats, some, strict=True):
+            chat.append({"role": "user", "content": question["turns"][turn]})
+        seeds = [common.derive_seed(args.seed, question["id"], turn) for question in some]
+        found = write_turn(engine, chats, seeds, temperatures, args.max_new_tokens)
+        for row, chat, one in zip(rows, chats, found, strict=True):
+            row["turns"].append(one and one.text)
+            row["truncated"].append(one and one.truncated)
             chat.append({"role": "assistant", "content": one.text if one else ""})
-    rows = []
-    for row, *own in zip(some, *answers, strict=True):
-        about = {"id": row["id"], "category": row["category"]}
-        texts = [one and one.text for one in own]
-        rows.append(None if None in own else about | {"turns": texts, "truncated": [one.truncated for one in own]})
-    return rows
+    return [None if None in row["turns"] else row for row in rows]
 
 
-def work_through(args: Args, name: str, items: list[dict], sizes: list[int], work, engine, asked: dict) -> list[dict]:
+def work_through(args: Args, name: str, items: list[dict], sizes: list[int], work, engine, **asked) -> list[dict]:
     """The finished rows of OUTPUT_DIR/mtbench_NAME.jsonl, resumed: work(args, engine, some items) -> rows."""
     output = shared.output_path(args.output_dir, f"mtbench_{name}.jsonl")
     record_file = output.with_name(f"{output.stem}_args.json")
+    asked = {what: str(common.derive_seed(texts)) for what, texts in asked.items()}
     record = common.begin(args, "eval/mtbench", [output], record_file=record_file, **asked)
     if not record["complete"]:
         engine.open()
@@ -158,10 +154,10 @@ def answer_all(args: Args, name: str, model: str, questions: list[dict]) -> list
     # what does not change the answers is left out, so that another judge finds them
     judge = {"judge_model": None, "judge_endpoint": None, "judge_chat_template": None, "judge_max_new_tokens": 0}
     own = dataclasses.replace(args, model=model, judge_system=True, **judge)
-    asked = {"--questions": str(common.derive_seed([[row["id"], row["turns"]] for row in questions]))}
+    texts = [[row["id"], row["turns"]] for row in questions]
     sizes = [sum(len(text.encode()) // 3 for text in row["turns"]) + 2 * args.max_new_tokens for row in questions]
     engine = common.make_engine(own)
-    rows = work_through(own, f"answers_{name}", questions, sizes, answer, engine, asked)
+    rows = work_through(own, f"answers_{name}", questions, sizes, answer, engine, **{"--questions": texts})
     common.show_tokens(engine)
     return rows
 
@@ -194,10 +190,11 @@ def grade(args: Args, judge, some: list[dict]) -> list[dict]:
     chats = [common.as_messages(item["prompt"], item["system"]) for item in some]
     seeds = [common.derive_seed(args.seed, item["id"]) for item in some]
     found = shared.ask(judge, chats, seeds, parse_rating, args.judge_max_new_tokens)
-    return [
-        {key: item[key] for key in ("id", "question_id", "turn")} | {"rating": rating, "judgment": text, "tries": tries}
-        for item, (rating, text, tries) in zip(some, found, strict=True)
-    ]
+    rows = []
+    for item, (rating, text, tries) in zip(some, found, strict=True):
+        about = {key: item[key] for key in ("id", "question_id", "turn")}
+        rows.append(about | {"rating": rating, "judgment": text, "tries": tries})
+    return rows
 
 
 def judge_all(args: Args, judge, name: str, questions: list[dict], answers: list[dict]) -> list[dict]:
@@ -209,9 +206,9 @@ def judge_all(args: Args, judge, name: str, questions: list[dict], answers: list
         items.append(about | {"system": system, "prompt": prompt})
     # what has changed the answers has done so already
     own = dataclasses.replace(args, model=None, endpoint=None, chat_template=None, max_new_tokens=0)
-    asked = {"answers and references": str(common.derive_seed([[i["id"], i["system"], i["prompt"]] for i in items]))}
+    texts = [[item["id"], item["system"], item["prompt"]] for item in items]
     sizes = [common.text_size(common.as_messages(i["prompt"])) + args.judge_max_new_tokens for i in items]
-    return work_through(own, f"judgments_{name}", items, sizes, grade, judge, asked)
+    return work_through(own, f"judgments_{name}", items, sizes, grade, judge, **{"answers and references": texts})
 
 
 def rating_table(judgments: list[dict]) -> pd.DataFrame:
@@ -223,45 +220,23 @@ def rating_table(judgments: list[dict]) -> pd.DataFrame:
     return table.assign(both=table.mean(axis="columns", skipna=False))
 
 
-def summarize(name: str, table: pd.DataFrame, first: pd.DataFrame | None, categories: dict) -> list[dict]:
-    """A row per category (and over all questions) and turn, of one model.
+def summarize(ratings: dict[str, pd.DataFrame], categories: dict) -> list[dict]:
+    """A row per model, category (at last all questions) and turn: mean, and difference to the first model.
 
-    table, first: `rating_table` of the model and of the first model (None: it is the first); categories: question ->
-    category. Intervals and differences are over questions; the difference is over those that both models have.
+    ratings: model -> its `rating_table`; categories: question -> category. Intervals are over questions; the difference
+    is over those that both models have.
     """
-    rows = []
-    for category in [*dict.fromkeys(categories.values()), OVERALL]:
-        chosen = table.loc[[category in (categories[question], OVERALL) for question in table.index]]
-        for turn in TURNS:
-            values, changes = chosen[turn].dropna(), []
-            if first is not None:
-                changes = (chosen[turn] - first[turn].reindex(chosen.index)).dropna()
-            row = {"model": name, "category": category, "turn": turn, "n": len(values)}
-            row |= {"unrated": len(chosen) - len(values)} | shared.estimate(values)
-            rows.append(row | {"difference_n": len(changes)} | shared.estimate(changes, "difference"))
-    return rows
-
-
-def show_tables(tables: dict[str, list[dict]], how: str) -> str:
-    """mtbench.md: the means over all questions, a row a model, and by category, a column a model."""
-    first, several, overall, by_category = next(iter(tables)), len(tables) > 1, [], {}
-    for name, rows in tables.items():
-        *_, turn_1, turn_2, both = rows  # over all questions
-        means = [shared.with_interval(row) for row in (turn_1, turn_2, both)]
-        change = [shared.with_interval(both, "difference", sign=True)] * several
-        overall.append([name, str(both["n"]), str(both["unrated"]), *means, *change])
-        for row in rows[2::3]:
-            by_category.setdefault(row["category"], []).append(shared.round_half_up(row["mean"]))
-    header = ["Model", "n", "unrated", "turn 1", "turn 2", "both turns", *[f"both, minus {first}"] * several]
-    parts = [
-        "# MT-Bench",
-        f"Mean rating, 1 to 10, and its 95 % bootstrap interval over questions; {how}. Both turns: over "
-        f"the n questions of which both were rated.{f' Difference to {first}: paired by question.' * several}",
-        shared.markdown_table(header, overall),
-        "Both turns, by category:",
-        shared.markdown_table(["Category", *tables], [[c, *cells] for c, cells in by_category.items()]),
-    ]
-    return "\n\n".join(parts)
+    lines, first = [], next(iter(ratings.values()))
+    for name, table in ratings.items():
+        for category in [*dict.fromkeys(categories.values()), OVERALL]:
+            chosen = table.loc[[category in (categories[question], OVERALL) for question in table.index]]
+            changes = (chosen - first.reindex(chosen.index))[: 0 if table is first else None]
+            for turn in chosen:
+                values, change = chosen[turn].dropna(), changes[turn].dropna()
+                row = {"model": name, "category": category, "turn": turn, "n": len(values)}
+                row |= {"unrated": len(chosen) - len(values)} | shared.estimate(values)
+                lines.append(row | {"difference_n": len(change)} | shared.estimate(change, "difference"))
+    return lines
 
 
 def main(args: Args) -> None:
@@ -288,28 +263,18 @@ def main(args: Args) -> None:
         gc.collect()  # its weights go before those of the next model come
     judgments = {name: judge_all(args, judge, name, questions, rows) for name, rows in answers.items()}
     ratings = {name: rating_table(rows) for name, rows in judgments.items()}
-    categories, (first, *_), tables = {row["id"]: row["category"] for row in questions}, models, {}
-    for name, table in ratings.items():
-        tables[name] = summarize(name, table, None if name == first else ratings[first], categories)
-    text = show_tables(tables, f"{len(questions)} questions, judge {args.judge_model}")
-    path = shared.output_path(args.output_dir, "mtbench.md")
-    shared.write_text(path, text)
-    shared.write_csv(path.with_suffix(".csv"), [row for table in tables.values() for row in table])
-    print(text)
-
+    lines = summarize(ratings, {row["id"]: row["category"] for row in questions})
+    of = {(row["model"], row["category"], row["turn"]): row for row in lines}  # what the page looks up
     graded = [row for rows in judgments.values() for row in rows]
-    dropped = {
-        "no rating in three tries (null)": sum(row["rating"] is None and row["tries"] > 0 for row in graded),
-        "too long or refused (null)": sum(row["tries"] == 0 for row in graded),
-    }
-    common.show_funnel("judgments", ("answers", len(graded)), dropped, "rated")
+    facts = {"models": list(models), "categories": list(dict.fromkeys(row["category"] for row in lines))}
+    facts |= {"overall": OVERALL, "questions": len(questions), "judge": args.judge_model, "graded": graded}
     # a judge that always gives the same rating tells nothing
-    counts = Counter(math.floor(row["rating"] + 0.5) for row in graded if row["rating"] is not None)
-    print("  ratings  " + "  ".join(f"{k}: {counts[k]}" for k in range(1, 11)))
-    cut = [truncated for rows in answers.values() for row in rows for truncated in row["truncated"]]
-    print(f"  answers cut off at --max_new_tokens or the context: {sum(cut)} of {len(cut)}")
-    refused = len(questions) * len(models) - sum(map(len, answers.values()))
-    if refused:
+    facts["ratings"] = Counter(math.floor(row["rating"] + 0.5) for row in graded if row["rating"] is not None)
+    facts["cut"] = [truncated for rows in answers.values() for row in rows for truncated in row["truncated"]]
+    text = shared.render_page("mtbench.md", of=of, **facts)
+    path = shared.write_table(args.output_dir, "mtbench", text, lines)
+    print(text)
+    if refused := len(questions) * len(models) - sum(map(len, answers.values())):
         common.warn(f"{refused} questions were refused by the models' server; they count nowhere")
     common.show_tokens(judge)
     print(f"\nwrote {path} and .csv; answers and judgments of {', '.join(models)} stand beside them")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import shared
 from scipy.stats import binomtest
 
@@ -107,14 +108,13 @@ def summarize(rows: list[dict], run: shared.Run, dimension: str, seed: int) -> d
 def draw(path: Path, summaries: list[dict], base: str) -> None:
     """Stacked bars of win, tie and lose, a bar per system and dimension."""
     labels = [f"{row['test_set']} {row['system']}: {row['dimension']}".strip() for row in summaries]
+    counts = pd.DataFrame(summaries, index=labels)[["win", "tie", "lose"]]
+    shares = 100 * counts.div(counts.sum(axis="columns").clip(lower=1), axis="index")
     with shared.figure(path, height=1.4 + 0.45 * len(labels)) as axes:
-        left = np.zeros(len(labels))
-        for name, colour in (("win", shared.COLOURS[0]), ("tie", "0.75"), ("lose", shared.COLOURS[1])):
-            share = np.array([100 * row[name] / max(1, row["prompts"]) for row in summaries])
-            bars = axes.barh(labels, share, left=left, color=colour, label=name)
-            texts = [f"{value:.0f}" if value >= 5 else "" for value in share]
-            axes.bar_label(bars, texts, label_type="center", color="black" if name == "tie" else "white")
-            left += share
+        shares.plot.barh(ax=axes, stacked=True, width=0.8, color=[shared.COLOURS[0], "0.75", shared.COLOURS[1]])
+        for bars in axes.containers:
+            texts = [f"{share:.0f}" if share >= 5 else "" for share in bars.datavalues]
+            axes.bar_label(bars, texts, label_type="center")
         axes.invert_yaxis()
         axes.set(xlabel=f"per cent of prompts, against {base}", xlim=(0, 100))
         axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -176,22 +176,13 @@ def main(args: Args) -> None:
     common.finish(record, len(done))
 
     summaries = [summarize(done, run, name, args.seed) for run in others for name, _ in objectives]
-    header = ["system", "dimension", "prompts", "unread", "equal", "win", "tie", "lose", "net", "flips", "sign test p"]
-    header += ["words, winner", "words, loser"]
-    table, shown = [], shared.round_half_up
-    for row in summaries:
-        counts = [str(row[key]) for key in ("prompts", "unread", "equal", "win", "tie", "lose")]
-        numbers = [shared.with_interval(row, "net"), shown(row["flip_rate"]), shown(row["sign_test_p"], 4)]
-        words = [shown(row[key], 1) for key in ("winner_words", "loser_words")]
-        table.append([f"{row['test_set']} {row['system']}".strip(), row["dimension"], *counts, *numbers, *words])
-    path, text = shared.output_path(args.output_dir, "pairwise.csv"), shared.markdown_table(header, table)
-    shared.write_csv(path, summaries)
-    shared.write_text(path.with_suffix(".md"), text)
+    text = shared.render_page("pairwise.md", rows=summaries)
+    path = shared.write_table(args.output_dir, "pairwise", text, summaries)
     draw(path, summaries, base.name)
     print(f"\nagainst {base.name}, judged by {judge.title}; net: (wins − losses) / prompts, bootstrap 95 %")
     print(f"\n{text}")
     common.show_tokens(judge)
-    print(f"wrote {output}, {path}, .md, .png and .pdf")
+    print(f"wrote {output}, {path}, .csv, .png and .pdf")
 
 
 if __name__ == "__main__":

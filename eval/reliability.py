@@ -87,19 +87,14 @@ def repeated_scores(args: Args, run: shared.Run, label: str) -> tuple[list[dict]
 
 
 def bounds_and_dets(run: shared.Run, rho: float | None) -> tuple[float, float, dict[str, float]]:
-    """(det_min, ρ, id -> det Σ): stage 4's own where it has run beside these scores, else by its defaults.
-
-    Its det Σ may be of another covariance (--ddof, --cov_scope), so it is read, not computed again.
-    """
-    record = common.read_record(run.path.with_name("04_args.json"))
-    scored = {id: [own for own in group if own is not None] for id, group in run.groups().items()}
-    least, found = 0.0, {id: shared.det_covariance(own) for id, own in scored.items() if len(own) > 1}
+    """(det_min, ρ, id -> det Σ): stage 4's own where it has run beside these scores, else by its defaults."""
+    record, filtered, least = common.read_record(run.path.with_name("04_args.json")), [], 0.0
     if record.get("complete"):
         least, rho = record["args"]["det_min"], record["args"]["rho"] if rho is None else rho
         for name in ("04_denoised.jsonl", "04_dropped.jsonl"):
-            rows = shared.read_filtered(run.path.with_name(name))
-            found |= {row["id"]: row["det"] for row in rows if row.get("det") is not None}
-    return least, 30.0 if rho is None else rho, found
+            filtered += shared.read_filtered(run.path.with_name(name))
+    several = {id: group for id, group in run.groups().items() if len(shared.read_scores(group)) > 1}
+    return least, 30.0 if rho is None else rho, shared.dets_of(several, filtered)
 
 
 def variance_rows(run: shared.Run, again: list[dict], least: float, rho: float, dets: dict) -> pd.DataFrame:
@@ -107,7 +102,7 @@ def variance_rows(run: shared.Run, again: list[dict], least: float, rho: float, 
     rows = []
     for repeated in again:
         for number, times in enumerate(repeated["times"], 1):
-            read, det = [scores for scores in times if scores is not None], dets.get(repeated["id"])
+            read, det = shared.read_scores(times), dets.get(str(repeated["id"]))
             if len(read) > 1 and det is not None:
                 by_axis = np.var(read, axis=0)  # population variance
                 row = {"id": repeated["id"], "response": number, "det": det, "kept": least < det <= rho}
@@ -117,28 +112,23 @@ def variance_rows(run: shared.Run, again: list[dict], least: float, rho: float, 
     return pd.DataFrame(rows, columns=keys)
 
 
-def variance_table(prompts: pd.DataFrame, names: list[str], least: float, rho: float) -> str:
-    """Mean variance of all prompts, of those that det_min < det ≤ ρ keeps, and of those that it drops."""
-    kept, table = prompts["kept"].astype(bool), []
+def mean_variances(prompts: pd.DataFrame, least: float, rho: float) -> dict[str, tuple[int, pd.Series]]:
+    """(number, mean variance: all axes, then each) of all prompts, of those that ρ and det_min keep, of the rest."""
+    kept = prompts["kept"].astype(bool)
     groups = {"all": prompts, f"kept, {least:g} < det ≤ {rho:g}": prompts[kept], "dropped": prompts[~kept]}
-    for label, chosen in groups.items():
-        means = chosen[["variance", *(f"variance_{name}" for name in names)]].mean()
-        table.append([label, str(len(chosen)), *(shared.round_half_up(mean, 4) for mean in means)])
-    return shared.markdown_table(["prompts", "number", "mean variance, all axes", *names], table)
+    return {label: (len(of), of.filter(regex="^variance").mean()) for label, of in groups.items()}
 
 
-def agreement_table(run: shared.Run, other: shared.Run) -> str:
+def agreement(run: shared.Run, other: shared.Run) -> dict:
     """Two judges of the same responses: RV over all axes, and per axis Spearman, equal, and within 1."""
     pairs = [pair for of_prompt in shared.scored_by_both(run, other).values() for pair in of_prompt]
     check(len(pairs) > 1, f"{run.path} and {other.path} have no two responses that both judges scored")
     mine, theirs = (np.array(side, dtype=float) for side in zip(*pairs, strict=True))  # (N, k) each
-    gaps, shown = np.abs(mine - theirs), shared.round_half_up
-    cells = [["all", shown(shared.rv_coefficient(mine, theirs)), "–", "–", "–"]]
+    gaps, axes = np.abs(mine - theirs), {}
     for axis, name in enumerate(run.objectives):
-        alike = [np.mean(gaps[:, axis] < 1e-9), np.mean(gaps[:, axis] <= 1)]
-        cells.append([name, "–", *map(shown, [shared.spearman(mine[:, axis], theirs[:, axis]), *alike])])
-    table = shared.markdown_table(["against another judge", "RV", "Spearman", "equal", "within 1"], cells)
-    return f"{table}\n\n{len(pairs)} responses that both judges scored"
+        alike = [float(np.mean(gaps[:, axis] <= most)) for most in (1e-9, 1)]
+        axes[name] = [shared.spearman(mine[:, axis], theirs[:, axis]), *alike]
+    return {"rv": shared.rv_coefficient(mine, theirs), "axes": axes, "responses": len(pairs)}
 
 
 def draw(path, by_run: dict[str, pd.DataFrame]) -> None:
@@ -167,12 +157,12 @@ def main(args: Args) -> None:
     others = [shared.read_run(spec) for spec in args.others or []]
     check(len(others) in (0, len(runs)), f"--others: {len(others)} for {len(runs)} runs; give one for each")
 
-    by_prompt, by_response, texts, shown = {}, {}, [], shared.round_half_up
+    by_prompt, by_response, found = {}, {}, {}
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        found = repeated_scores(args, run, label)
-        if found is None:
+        repeated = repeated_scores(args, run, label)
+        if repeated is None:
             return
-        again, judge = found
+        again, judge = repeated
         least, rho, dets = bounds_and_dets(run, args.rho)
         rows = by_response[label] = variance_rows(run, again, least, rho, dets)
         prompts = rows.drop(columns="response").groupby(["id", "det", "kept"], sort=False).mean().reset_index()
@@ -182,22 +172,18 @@ def main(args: Args) -> None:
         both = prompts[["det", "variance"]].to_numpy()
         low, high = shared.bootstrap_interval(both, rank, draws=2000, seed=args.seed)
         scores = [own for row in again for times in row["times"] for own in times]
-        texts += [
-            f"### {label}",
-            variance_table(prompts, run.objectives, least, rho),
-            f"Spearman of det and variance: {shown(rank(both))} [{shown(low)}, {shown(high)}], bootstrap "
-            f"95 %. Each response was judged {args.k} times ({args.how}) by {judge.title}; not read: "
-            f"{scores.count(None)} of {len(scores)}",
-        ]
-        texts += [agreement_table(run, others[i])] if others else []
-    path = shared.output_path(args.output_dir, "reliability.csv")
-    for suffix, of_runs in (("", by_prompt), ("_responses", by_response)):
+        found[label] = {"names": run.objectives, "variances": mean_variances(prompts, least, rho), "judge": judge.title}
+        found[label] |= {"rank": {"mean": rank(both), "low": low, "high": high}, "scores": scores}
+        found[label] |= {"other": agreement(run, others[i]) if others else None}
+    text = shared.render_page("reliability.md", runs=found, k=args.k, how=args.how)
+    for suffix, of_runs in (("_responses", by_response), ("", by_prompt)):
         tables = [table.assign(run=name) for name, table in of_runs.items()]
         lines = pd.concat(tables, ignore_index=True)
-        shared.write_csv(path.with_name(f"reliability{suffix}.csv"), lines[["run", *lines.columns.drop("run")]])
-    shared.write_text(path.with_suffix(".md"), "\n\n".join(texts))
+        path = shared.output_path(args.output_dir, f"reliability{suffix}.csv")
+        shared.write_csv(path, lines[["run", *lines.columns.drop("run")]])
+    shared.write_text(path.with_suffix(".md"), text)
     draw(path, by_response)
-    print("\n\n".join(["", *texts]))
+    print(f"\n{text}")
     common.show_tokens(judge)
     print(f"\nwrote {path}, reliability_responses.csv, .md, .png and .pdf, and the scores beside them")
 

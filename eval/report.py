@@ -2,16 +2,13 @@
 
 Funnel, scores, det Σ with ρ, pairs and their weights, trainings side by side, some prompts in full; with --test_runs
 the answers before and after training. No network, no script, no other file: it can be mailed. A run may have stopped
-after any stage; what is missing is said. Here are its numbers; words, layout and colours: eval/pages/report.html.
+after any stage; what is missing is said. The same files give the same bytes. Here are its numbers; words, layout and
+colours: eval/pages/report.html.
 
     reads   RUN_DIR/01_samples.jsonl to 05_pairs.jsonl, *_metrics.jsonl and *_args.json, those that are there
     writes  RUN_DIR/report.html (--output); of several runs runs/eval/report.html
     run     python eval/report.py --run_dir runs/default --test_runs base=runs/test_base trained=runs/test_trained
             python eval/report.py --runs SPA=runs/a "w/o NF=runs/b" --output compared.html
-    prints  default: 32 prompts, 16 kept, 75 pairs, 8 training steps
-            wrote runs/default/report.html (96 kB)
-
-The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +35,6 @@ import common
 from common import arg, check
 
 MOST_POINTS = 2000  # of a scatter plot
-MOST_STEPS = 200  # rows of a table of steps
 PAGE = Path(__file__).with_name("pages") / "report.html"
 # file -> the stage that makes it, and what its rows must have (see common.read_rows)
 FILES = {
@@ -195,11 +191,6 @@ def read_of(groups: dict[str, list]) -> list[list]:
     return shared.read_scores([*itertools.chain(*groups.values())])
 
 
-def gains(means: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
-    """Differences on the prompts that both have."""
-    return (means - base).reindex(means.index).dropna()
-
-
 def mean_intervals(means: pd.DataFrame) -> list[str]:
     """Of each objective the mean over prompts with its 95 % bootstrap interval, as text."""
     return [shared.with_interval(shared.estimate(means[axis].to_numpy())) for axis in means]
@@ -209,61 +200,6 @@ def pair_weights(gaps: list[float], alpha: float) -> list[float]:
     """w_i = (gap_i / mean gap)^α (section 3.4) with the mean over the data set; [] if the mean is 0."""
     mean = sum(gaps) / len(gaps) if gaps else 0
     return [(gap / mean) ** alpha for gap in gaps] if mean else []
-
-
-def before_after(fixed: list[dict], name: str) -> str:
-    """A metric over the fixed prompts, as 2.5 → 1.25 (-1.25); – for what training has not come to."""
-    ends = [row.get(name) for row in (fixed[:1] + fixed[-1:]) or [{}, {}]]
-    if not fixed or fixed[-1]["step"] <= fixed[0]["step"]:
-        ends[1] = None
-    change = f" ({ends[1] - ends[0]:+.4g})" if all(map(is_number, ends)) else ""
-    return f"{number(ends[0])} → {number(ends[1])}{change}" if is_number(ends[0]) else "–"
-
-
-def funnel(run: Run) -> list[tuple[str, int, str]]:
-    """(label, count, kind) from the prompts sampled to the steps; kind: prompts, dropped, or other."""
-    rows, counts = run.rows, Counter(run.fates.values())
-    scored = sum(map(any, candidate_scores(rows.get("02_scores.jsonl", [])).values()))
-    refined = len(read_of(refined_scores(rows.get("03_refined.jsonl", []))))
-    paired = len({str(pair["id"]) for pair in run.pairs})
-    reasons = (*REASONS, *sorted(counts.keys() - {*REASONS, "kept"}))
-    lines = {
-        "01_samples.jsonl": [("prompts sampled", len(rows.get("01_samples.jsonl", [])), "prompts")],
-        "02_scores.jsonl": [("with a scored answer", scored, "prompts")],
-        "03_refined.jsonl": [("refined and scored", refined, "prompts")],
-        "04_dropped.jsonl": [(f"dropped: {reason}", counts[reason], "dropped") for reason in reasons],
-        "04_denoised.jsonl": [("kept", counts["kept"], "prompts")],
-        "05_pairs.jsonl": [("with pairs", paired, "prompts"), ("pairs", len(run.pairs), "other")],
-    }
-    steps = [(f"training steps ({stem})", len(made["steps"]), "other") for stem, made in run.trainings.items()]
-    return [line for file in lines if file in rows for line in lines[file]] + steps
-
-
-def key_numbers(run: Run) -> dict[str, str]:
-    """The numbers by which runs compare: label -> text, "–" where a stage has not run."""
-    counts, prompts = {label: count for label, count, _ in funnel(run)}, len(run.answers)
-    numbers = {"model": run.model or "–", "judge": run.judge or "–"}
-    numbers["scores"] = run.argument("02_score", "score_mode") or "–"
-    lines = [line.removeprefix("judge check: ") for line in common.check_lines(run.made)]
-    fit, verdict = common.judge_verdict(run.made, run.names)
-    numbers["judge check"] = "; ".join([*lines, *([] if fit else [verdict])]) or "–"
-    numbers["prompts"] = number(prompts)
-    for title, groups in (("answers", run.candidates), ("refined", run.refined)):
-        means = mean_intervals(shared.prompt_means(groups, range(len(run.names))))
-        numbers |= {f"mean {name}, {title}": mean for name, mean in zip(run.names, means, strict=True)}
-    numbers["ties among a prompt's answers"] = percent(common.tie_rate(list(run.candidates.values())))
-    kept = counts.get("kept")
-    share = f" ({percent(kept / prompts)})" if kept is not None and prompts else ""
-    numbers["prompts kept"] = number(kept) + share
-    numbers["pairs"] = number(counts.get("pairs"))
-    numbers["mean gap"] = number(float(np.mean([pair["gap"] for pair in run.pairs])) if run.pairs else None)
-    for stem, made in (run.trainings or {"06": {"args": {}, "fixed prompts": [], "steps": None}}).items():
-        of = "" if stem == "06" else f" ({stem})"
-        numbers[f"training loss{of}"] = made["args"].get("loss", "–")
-        numbers[f"steps{of}"] = number(made["steps"] and len(made["steps"]))
-        for name in CURVES[:3]:
-            numbers[f"{name}, before → after{of}"] = before_after(made["fixed prompts"], name)
-    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,16 +239,20 @@ def bars(run: Run, title, x_label, groups: dict[str, list], what="", share=False
     rules: (place, text); bins: (edges, labels); linear: where the axis is no more logarithmic.
     """
     edges, labels = bins or bins_of([*itertools.chain(*groups.values())])
-    values = [np.clip(of, edges[0], edges[-1]) for of in groups.values()]  # no binary dust beyond the last edge
-    counts = [np.histogram(of, edges)[0] for of in values]
-    weights = [np.full(len(of), 100 / len(of) if share else 1) for of in values]
-    heights = [(of * weight[0]).tolist() if share else of.tolist() for of, weight in zip(counts, weights, strict=True)]
+    # no binary dust beyond the last edge
+    counts = {name: np.histogram(np.clip(of, edges[0], edges[-1]), edges)[0] for name, of in groups.items()}
+    heights = {name: of * (100 / of.sum()) if share else of for name, of in counts.items()}
 
     def draw(axes):
-        style = {"stacked": not share, "rwidth": 0.86, "color": SERIES[: len(groups)], "label": list(groups)}
-        *_, made = axes.hist(values, edges, weights=weights, **style)
-        for name, group, tall in zip(groups, made if len(groups) > 1 else [made], heights, strict=True):
-            for bar, label, height in zip(group, labels, tall, strict=True):
+        widths, left, bottom = 0.86 * np.diff(edges), edges[:-1] + 0.07 * np.diff(edges), np.zeros(len(labels))
+        for i, (name, tall) in enumerate(heights.items()):
+            if share:  # side by side
+                place = {"x": left + i * widths / len(groups), "width": widths / len(groups)}
+            else:
+                place = {"x": left, "width": widths, "bottom": bottom}
+                bottom = bottom + tall
+            made = axes.bar(height=tall, align="edge", color=SERIES[i], label=name, **place)
+            for bar, label, height in zip(made, labels, tall.tolist(), strict=True):
                 bar.set_gid(f"{HINT}{name}, {label}: {number(height)}")
         for place, text in rules:
             axes.axvline(place, color=AXES, linestyle="--")
@@ -325,10 +265,10 @@ def bars(run: Run, title, x_label, groups: dict[str, list], what="", share=False
             axes.xaxis.set_major_formatter(lambda x, _: "" if 0 < x < linear else f"{x:g}")
 
     says = []
-    for name, tall in zip(groups, heights, strict=True):
-        listed = (f"{label}: {number(height)}" for label, height in zip(labels, tall, strict=True) if height)
+    for name, tall in heights.items():
+        listed = (f"{label}: {number(height)}" for label, height in zip(labels, tall.tolist(), strict=True) if height)
         says.append(f"{name}: {', '.join(listed)}")
-    counted = {"counts": [*zip(labels, *counts, strict=True)], "groups": list(groups)}
+    counted = {"counts": [*zip(labels, *counts.values(), strict=True)], "groups": list(groups)}
     return picture(run, title, ". ".join(says), draw) | counted
 
 
@@ -353,18 +293,21 @@ def absent(run: Run, *files: str) -> dict:
     return {"absent": "; ".join(reasons) or "no row has what is needed"}
 
 
-def plain(value) -> str:
-    """An argument as one would type it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
-
-
 def show_funnel(run: Run, args: Args) -> dict:
-    lines, answers = funnel(run), run.candidates.values()
-    most = max([count for _, count, kind in lines if kind != "other"], default=0) or 1
-    facts = {"answers": sum(map(len, answers)), "read": len(read_of(run.candidates)), "prompts": len(answers)}
-    return facts | {"lines": lines, "most": most, "missing": list(dict.fromkeys(run.missing.values()))}
+    """How many prompts came to each file, and how many stage 4 dropped for which reason."""
+    rows, fates = run.rows, Counter(run.fates.values())
+    counts = {
+        "01_samples.jsonl": len(rows.get("01_samples.jsonl", [])),
+        "02_scores.jsonl": sum(map(any, candidate_scores(rows.get("02_scores.jsonl", [])).values())),
+        "03_refined.jsonl": len(read_of(refined_scores(rows.get("03_refined.jsonl", [])))),
+        "04_denoised.jsonl": fates["kept"],
+        "05_pairs.jsonl": len({str(pair["id"]) for pair in run.pairs}),
+    }
+    counts = {file: count for file, count in counts.items() if file in rows}
+    reasons = (*REASONS, *sorted(fates.keys() - {*REASONS, "kept"})) if "04_dropped.jsonl" in rows else ()
+    answers, dropped = run.candidates.values(), {reason: fates[reason] for reason in reasons}
+    facts = {"counts": counts, "dropped": dropped, "most": max([*counts.values(), *dropped.values(), 1])}
+    return facts | {"answers": sum(map(len, answers)), "read": len(read_of(run.candidates)), "prompts": len(answers)}
 
 
 def show_scores(run: Run, args: Args) -> dict:
@@ -380,7 +323,7 @@ def show_scores(run: Run, args: Args) -> dict:
     for name, group in groups.items():
         scored = f"{len(read_of(group))} of {sum(map(len, group.values()))}"
         lines.append([name, len(means[name]), scored, *mean_intervals(means[name])])
-    gain = gains(means["refined"], means["candidates"])
+    gain = shared.gains(means["refined"], means["candidates"])
     lines.append(["refined − candidates, same prompt", len(gain), "", *mean_intervals(gain)])
     mixed = [[*run.refined[id], scores] for id in run.refined for scores in run.candidates[id]]
     ties = [common.tie_rate(list(run.candidates.values())), common.tie_rate(mixed)]
@@ -450,16 +393,14 @@ def show_pairs(run: Run, args: Args) -> dict:
         return absent(run, "05_pairs.jsonl")
     margins, gaps = ([float(pair[name]) for pair in run.pairs] for name in ("margin", "gap"))
     totals = [[sum(pair.get(f"{side}_scores") or []) for side in ("chosen", "rejected")] for pair in run.pairs]
-    facts = {"number": len(gaps), "prompts": len({str(pair["id"]) for pair in run.pairs})}
-    facts |= {"margin": float(np.mean(margins)), "gap": float(np.mean(gaps)), "zero": gaps.count(0)}
-    facts["lower"] = sum(round(chosen - rejected, 9) < 0 for chosen, rejected in totals)
+    facts = {"lower": sum(round(chosen - rejected, 9) < 0 for chosen, rejected in totals)}
     delta = run.argument("05_pairs", "delta")
     rules = [(delta, f"δ = {delta:g}")] if delta else []
     charts = [bars(run, "Margins", "sum of |ΔG|", {"pairs": margins}, "pairs", rules=rules)]
     charts.append(bars(run, "Gaps", "|Δ of the sum of G|", {"pairs": gaps}, "pairs"))
     if run.weights:
         w = np.array(run.weights)
-        facts |= {"largest": float(w.max()), "effective": w.sum() ** 2 / (w**2).sum() / len(w)}
+        facts["effective"] = w.sum() ** 2 / (w**2).sum() / len(w)
         title, rules = f"Weights, α = {run.alpha:g}", [(1, "mean gap")]
         charts.append(bars(run, title, "(gap / mean gap)^α", {"pairs": run.weights}, "pairs", rules=rules))
     return facts | {"figures": charts, "trained": run.records["06_train"].get("args", {})}
@@ -468,25 +409,7 @@ def show_pairs(run: Run, args: Args) -> dict:
 def show_training(run: Run, args: Args) -> dict:
     if not run.trainings:
         return absent(run, "06_metrics.jsonl")
-    trainings = run.trainings.values()
-    lines = {"training loss": [plain(made["args"].get("loss")) for made in trainings]}
-    for name in dict.fromkeys(key for made in trainings for key in made["args"]):
-        given = [plain(made["args"].get(name)) for made in trainings]
-        if name != "loss" and not name.endswith("dir") and len(set(given)) > 1:  # what tells the trainings apart
-            lines[name] = given
-    lines["steps"] = [f"{len(made['steps'])}{'' if made['complete'] else ', not finished'}" for made in trainings]
-    lines["measured over"] = ["held-out prompts" if made["held_out"] else "training prompts" for made in trainings]
-    for name in dict.fromkeys(name for made in trainings for row in made["fixed prompts"][:1] for name in row):
-        if name not in ("step", "epoch"):
-            lines[name] = [before_after(made["fixed prompts"], name) for made in trainings]
-    steps = {}
-    for stem, made in run.trainings.items():
-        names = list(dict.fromkeys(name for row in made["steps"] for name in row if is_number(row[name])))
-        every = math.ceil(len(made["steps"]) / MOST_STEPS)
-        cells = [[number(row.get(name)) for name in names] for row in made["steps"][:: every or 1]]
-        steps[stem] = {"names": names, "every": every, "lines": cells}
-    figures = [figure for name in CURVES if (figure := curve(run, name))]
-    return {"figures": figures, "lines": [[name, *cells] for name, cells in lines.items()], "steps": steps}
+    return {"figures": [figure for name in CURVES if (figure := curve(run, name))]}
 
 
 def curve(run: Run, name: str) -> dict | None:
@@ -528,13 +451,6 @@ def choose(rows: list[dict], args: Args) -> list[dict]:
     return sorted(rows, key=lambda row: common.derive_seed(args.seed, row["id"]))[: args.prompts]
 
 
-def scores_of(response: dict, names: list[str]) -> str:
-    if response.get("scores") is None:
-        return "no score"
-    rounded = [score if isinstance(score, int) else round_half_up(score) for score in response["scores"]]
-    return ", ".join(f"{name} {score}" for name, score in zip(names, rounded, strict=True))
-
-
 def show_prompts(run: Run, args: Args) -> dict:
     if not run.answers:
         return absent(run, "01_samples.jsonl")
@@ -563,7 +479,7 @@ def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
         means = {run.name: shared.prompt_means(run.groups(), names) for run in (base, *others)}
         for run in others:
             shared.shared_ids(base, run)  # an id is the same prompt in both
-            means[f"{run.name} − {base.name}"] = gains(means[run.name], means[base.name])
+            means[f"{run.name} − {base.name}"] = shared.gains(means[run.name], means[base.name])
         lines = [[name, len(of), *mean_intervals(of)] for name, of in means.items()]
         first = {run.name: {row["id"]: row["responses"][0] for row in run.rows} for run in (base, *others)}
         for row in choose([row for row in base.rows if all(row["id"] in of for of in first.values())], args):
@@ -583,13 +499,17 @@ SECTIONS |= {"pairs": show_pairs, "training": show_training, "prompts": show_pro
 
 def build_page(runs: list[Run], test_runs: list[shared.Run], args: Args) -> str:
     """The whole page: the numbers that compare the runs on top, then one part a run."""
-    numbers, shown = pd.DataFrame({run.name: key_numbers(run) for run in runs}).fillna("–"), []
+    shown = []
     for i, run in enumerate(tqdm(runs, desc="report", unit="run"), 1):
         shown.append({key: show(run, args) for key, show in SECTIONS.items()} | {"of": run, "anchor": f"run{i}"})
         shown[-1]["definitions"] = shared.definitions(run.scored_by)
-    texts = {"number": number, "percent": percent, "plain": plain, "scores_of": scores_of}  # how the page writes them
-    facts = {"tests": show_tests(test_runs, args), "whole": bool(args.ids), "seed": args.seed}
-    return shared.render_page(PAGE.name, runs=shown, numbers=list(numbers.itertuples()), **facts, **texts)
+        means = (shared.prompt_means(groups, run.names) for groups in (run.candidates, run.refined))
+        shown[-1]["means"] = [dict(zip(run.names, mean_intervals(of), strict=True)) for of in means]
+        lines, (fit, verdict) = common.check_lines(run.made), common.judge_verdict(run.made, run.names)
+        shown[-1]["checked"] = [line.removeprefix("judge check: ") for line in lines] + [verdict] * (not fit)
+    texts = (is_number, number, percent, common.tie_rate)  # how the page writes them
+    facts = {"tests": show_tests(test_runs, args), "whole": bool(args.ids), "seed": args.seed, "curves": CURVES}
+    return shared.render_page(PAGE.name, runs=shown, **facts, **{text.__name__: text for text in texts})
 
 
 def main(args: Args) -> None:
@@ -607,12 +527,11 @@ def main(args: Args) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     shared.write_text(output, build_page(runs, test_runs, args))
     for run in runs:
-        counts = {label: count for label, count, _ in funnel(run)}
-        said = [f"{len(run.answers)} prompts", *(f"{counts[key]} {key}" for key in ("kept", "pairs") if key in counts)]
-        said += [f"{count} {label}" for label, count in counts.items() if label.startswith("training")]
-        print(f"{run.name}: {', '.join(said)}")
-        for reason in dict.fromkeys(run.missing.values()):
-            print(f"  missing: {reason}")
+        said = [f"{len(run.answers)} prompts"]
+        said += [f"{[*run.fates.values()].count('kept')} kept"] if "04_denoised.jsonl" in run.rows else []
+        said += [f"{len(run.pairs)} pairs"] if "05_pairs.jsonl" in run.rows else []
+        said += [f"{len(made['steps'])} training steps ({stem})" for stem, made in run.trainings.items()]
+        print("\n  missing: ".join([f"{run.name}: {', '.join(said)}", *dict.fromkeys(run.missing.values())]))
     print(f"wrote {output} ({math.ceil(output.stat().st_size / 1024)} kB)")
 
 

@@ -6,7 +6,7 @@ upwards when there are few rows, so three things stand beside it: its mean under
 bootstrap interval over prompts, and the curve for prompts added in random order.
 
     reads   --weak and --strong: run directories with 02_scores.jsonl of the same responses
-    writes  OUTPUT_DIR/rv.csv (a row per prefix) and rv.png, .pdf
+    writes  OUTPUT_DIR/rv.csv (a row per prefix), rv.md, rv.png and .pdf
     run     python eval/rv.py --weak runs/self --strong runs/judged
 """
 
@@ -100,11 +100,8 @@ def main(args: Args) -> None:
     few = f"{len(prompts)} prompts have two responses that both judges scored; --least {args.least} are wanted"
     check(len(prompts) >= args.least, few)
     sizes = sorted(set(np.linspace(args.least, len(prompts), args.steps).round().astype(int).tolist()))
-    rows, path = (
-        curve(prompts, sizes, args.draws, args.orders, args.seed),
-        shared.output_path(args.output_dir, "rv.csv"),
-    )
-    shared.write_csv(path, rows)
+    rows = curve(prompts, sizes, args.draws, args.orders, args.seed)
+    path = shared.output_path(args.output_dir, "rv.csv")
     with shared.figure(path) as axes:
         axes.fill_between(rows["k"], rows["random_low"], rows["random_high"], alpha=0.2, color="0.5")
         axes.plot(rows["k"], rows["random_mean"], "--", color="0.4", label="random order, 95 % band")
@@ -114,19 +111,12 @@ def main(args: Args) -> None:
         axes.set(xlabel="prompts, by rising det Σ of the weak judge", ylabel="RV coefficient", ylim=(0, 1.02))
         axes.legend(loc="lower right")
 
-    whole, rho, dets = rows.iloc[-1], suggest_rho(rows), np.array([det for det, *_ in prompts])
-    kept = ", ".join(f"{limit}: {np.mean((dets > 0) & (dets <= limit)):.0%}" for limit in PAPER_RHO)
-    print(f"\n{len(prompts)} prompts, {whole['rows']:.0f} responses that both judges scored")
-    print(f"  RV {whole['rv']:.4f}, 95 % interval {whole['low']:.4f} to {whole['high']:.4f}, ", end="")
-    print(f"permuted {whole['permutation_mean']:.4f}")
-    print(f"  det: min {dets.min():.3g}, median {np.median(dets):.3g}, max {dets.max():.3g}")
-    print(f"  share of prompts kept by 0 < det ≤ ρ, for the paper's ρ: {kept}")
-    if rho is None:
-        print("  no prefix agrees better than as many random prompts: det does not order reliability here")
-    else:
-        print(f"  suggested: 04_denoise.py --rho {rho:.4g}, the largest det up to which prompts agree better")
-        print("  than 97.5 % of equally many random ones")
-    print(f"wrote {path}, {path.with_suffix('.png').name} and .pdf")
+    dets = np.array([det for det, *_ in prompts])
+    kept = {limit: np.mean((dets > 0) & (dets <= limit)) for limit in PAPER_RHO}
+    facts = {"prompts": len(prompts), "whole": rows.iloc[-1], "dets": dets, "kept": kept, "rho": suggest_rho(rows)}
+    text = shared.render_page("rv.md", median=np.median(dets), **facts)
+    shared.write_table(args.output_dir, "rv", text, rows)
+    print(f"\n{text}\nwrote {path}, .md, .png and .pdf")
 
 
 if __name__ == "__main__":

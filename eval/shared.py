@@ -83,12 +83,6 @@ def judge_name(args: dict) -> str | None:
     return args.get("scorer") or args.get("judge_model") or args.get("model")
 
 
-def judge_content(record: dict) -> str:
-    """What a stage's record has of the content of its judge: trained again under the same name it is another one."""
-    inputs = record.get("inputs", {})
-    return inputs.get("--scorer") or inputs.get("--judge_model") or inputs.get("--model") or ""
-
-
 def definitions(args: dict) -> list[list[str]]:
     """[[name, definition], …] of a scoring stage's arguments; [] where they name no objectives."""
     if not args.get("objectives"):
@@ -169,7 +163,9 @@ def differences(runs: list[Run]) -> list[str]:
     """What keeps the scores of these runs from comparing, a text each; runs without a record are not looked at."""
     found: dict[str, dict] = {}  # what -> {name of a run: its way}
     for run in (run for run in runs if run.record):
-        content = judge_content(run.record)  # a judge is what is in its folder, wherever that lies
+        made = run.record.get("inputs", {})
+        # a judge is what is in its folder, wherever that lies: trained again under the same name it is another one
+        content = made.get("--scorer") or made.get("--judge_model") or made.get("--model") or ""
         ways = {
             "judges": content or run.judge,
             "ways of reading scores": run.record.get("scores_read") or run.args.get("score_mode"),
@@ -179,7 +175,7 @@ def differences(runs: list[Run]) -> list[str]:
         }
         damaged = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
         with contextlib.suppress(*damaged):  # the definitions as the judge has read them
-            words = ast.literal_eval(run.record.get("inputs", {}).get("constitution", "[]"))
+            words = ast.literal_eval(made.get("constitution", "[]"))
             ways |= {f"definitions of {name}": text for name, text in words}
         for what, way in ways.items():
             shown = f"{run.judge} {content}".strip() if what == "judges" else str(way)
@@ -203,6 +199,11 @@ def prompt_means(groups: dict[str, list], names: list[str]) -> pd.DataFrame:
     """The mean over each prompt's scored responses: a row a prompt that has any, a column an objective."""
     means = {id: np.mean(read_scores(group), axis=0) for id, group in groups.items() if any(group)}
     return pd.DataFrame.from_dict(means, orient="index", columns=names)
+
+
+def gains(means: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """The differences of `prompt_means` on the prompts that both have."""
+    return (means - base).reindex(means.index).dropna()
 
 
 def dets_of(groups: dict[str, list], filtered: list[dict], ddof: int = 0) -> dict[str, float]:
@@ -320,32 +321,27 @@ def ask(judge: common.Engine, chats: list[list[dict]], seeds: list[int], read, l
 # Uncertainty: prompts are the sample, so prompts are drawn.
 
 
-def bootstrap_interval(
-    values, statistic=None, level: float = 0.95, draws: int = 10_000, seed: int | np.random.Generator = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic over prompts.
+def bootstrap_interval(values, statistic=None, draws: int = 10_000, seed: int | np.random.Generator = 0):
+    """Percentile bootstrap interval, 95 %, of a statistic over prompts; NaN, NaN for fewer than two.
 
-    values: (N,) or (N, D), a prompt a row. statistic(sample) -> number; default: the mean of (N,). NaN, NaN
-    for fewer than two prompts; draws for which the statistic is NaN are left out.
+    values: (N,) or (N, D), a prompt a row. statistic(sample) -> number, not counted where it is NaN; default: the mean.
     """
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return (math.nan, math.nan)
-    data, function = (
-        (values, np.mean) if statistic is None else (np.arange(len(values)), lambda i: statistic(values[i]))
-    )
+    rows, function = (values, np.mean) if statistic is None else (range(len(values)), lambda i: statistic(values[i]))
     options = {"method": "percentile", "n_resamples": draws, "batch": 1000}  # in parts: 10,000 prompts fit into memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values that do not vary
-        found = stats.bootstrap((data,), function, vectorized=statistic is None, rng=seed, **options)
-    return quantiles(found.bootstrap_distribution, level)
+        found = stats.bootstrap((rows,), function, vectorized=statistic is None, rng=seed, **options)
+    return quantiles(found.bootstrap_distribution)
 
 
-def quantiles(values, level: float = 0.95) -> tuple[float, float]:
-    """The ends of the middle `level` of the values that are not NaN; NaN, NaN if all are."""
+def quantiles(values) -> tuple[float, float]:
+    """The ends of the middle 95 % of the values that are not NaN; NaN, NaN if all are."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if len(values) else (math.nan, math.nan)
+    low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (math.nan, math.nan)
     return float(low), float(high)
 
 
@@ -395,27 +391,31 @@ def with_interval(row: dict, name: str = "", digits: int = 2, scale: float = 1, 
 # Tables and figures. **bold** is Markdown, in LaTeX it becomes \textbf.
 
 
-def markdown_table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table, numbers to the right; with two digits those that are not whole."""
-    rows = [[round_half_up(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    for row in cells:
-        row[:] = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"\\": r"\textbackslash ", "~": r"\textasciitilde "}
+LATEX |= {"^": r"\textasciicircum ", "±": r"$\pm$", "–": "--", "−": "$-$", "λ": r"$\lambda$"}
 
 
-def latex_table(header: list, rows: list[list[str]]) -> str:
-    """A booktabs table. A header of (set, column) pairs makes two lines, the sets over their columns."""
-    pairs = header and isinstance(header[0], tuple)
-    table = pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(header) if pairs else header)
-    style = table.style.hide(axis="index").format(lambda text: text.strip("*"), escape="latex")
-    style = style.map(lambda text: "textbf:--rwrap" if text.startswith("**") else None)
-    style = style.format_index(escape="latex", axis="columns")
-    columns = "l" + "r" * (len(header) - 1)
-    text = style.to_latex(hrules=True, column_format=columns, multicol_align="c")
-    return text.translate({ord("±"): r"$\pm$", ord("–"): "--", ord("−"): "$-$", ord("λ"): r"$\lambda$"})
+def align_tables(text: str) -> str:
+    """Markdown whose tables (lines of cells between |) get their second line, and columns, numbers to the right."""
+
+    def align(found: re.Match) -> str:
+        cells = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in found[0].splitlines()]
+        widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        rows = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+    return re.sub(r"(?m)(^\|.*\|\n)+", align, f"{text}\n").rstrip("\n")
+
+
+def as_cell(value) -> str:
+    """A value in a Markdown table: what is not whole with two digits."""
+    return (round_half_up(value) if isinstance(value, float) else str(value)).replace("|", "\\|")
+
+
+def as_latex(value) -> str:
+    """A value in a LaTeX table."""
+    return str(value).translate(str.maketrans(LATEX))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -463,21 +463,27 @@ def visible(value) -> str:
 
 
 def render_page(name: str, **values) -> str:
-    """eval/pages/NAME filled in. Every text is escaped; `hashes` lets in the page's own style and script, no other."""
+    """eval/pages/NAME filled in: HTML, every text escaped, Markdown, its tables in columns, or LaTeX.
+
+    `hashes` lets in the page's own style and script, no other.
+    """
     import jinja2
 
-    source, hashes = (PAGES / name).read_text(encoding="utf-8"), {}
+    source, hashes, kind = (PAGES / name).read_text(encoding="utf-8"), {}, Path(name).suffix
     for tag in ("style", "script"):
         if found := re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL):
             digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
             hashes[tag] = f"sha256-{digest}"
 
+    write = {".html": visible, ".md": as_cell, ".tex": as_latex}[kind]
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
-        autoescape=True,
+        autoescape=kind == ".html",
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: value if hasattr(value, "__html__") else visible(value),
+        finalize=lambda value: value if hasattr(value, "__html__") else write(value),
     )
-    return pages.get_template(name).render(hashes=hashes, **values)
+    pages.globals |= {"interval": with_interval, "rounded": round_half_up, "hashes": hashes}
+    text = pages.get_template(name).render(**values)
+    return align_tables(text.strip()) if kind == ".md" else text
