@@ -169,11 +169,6 @@ def judge_choices(key: dict, tie: float) -> dict[tuple[str, str], str]:
 # Agreement.
 
 
-def cohen_kappa(a: list, b: list) -> float:
-    """Cohen's κ of two raters of the same items, nominal; NaN where both know one category alone, or nothing is."""
-    return float(cohen_kappa_score(a, b)) if len({*a, *b}) > 1 else math.nan
-
-
 def fleiss_kappa(counts) -> tuple[np.ndarray, float]:
     """(share of the pairs of raters that agree, an item; κ = (P̄ − P_e) / (1 − P_e)) of as many raters an item.
 
@@ -192,12 +187,10 @@ def fleiss_kappa(counts) -> tuple[np.ndarray, float]:
 def agreement(choices: np.ndarray) -> dict:
     """How far the raters of the same items agree: choices (N, raters). "equal": an item's pairs that do, a share."""
     equal, kappa = fleiss_kappa([[list(item).count(choice) for choice in CHOICES] for item in choices])
-    two = choices.shape[1] == 2
-    return {
-        "equal": equal,
-        "kappa": cohen_kappa(*choices.T) if two else kappa,
-        "kappa_of": "Cohen" if two else "Fleiss",
-    }
+    if choices.shape[1] > 2:
+        return {"equal": equal, "kappa": kappa, "kappa_of": "Fleiss"}
+    known = len(set(choices.flat)) > 1  # else Cohen's is not defined either
+    return {"equal": equal, "kappa": cohen_kappa_score(*choices.T) if known else math.nan, "kappa_of": "Cohen"}
 
 
 def majority(choices: list[str]) -> str:

@@ -162,8 +162,8 @@ def answer_all(args: Args, name: str, model: str, questions: list[dict]) -> list
     return rows
 
 
-def judge_request(question: dict, answers: list[str], turn: int, with_system: bool) -> tuple[str | None, str]:
-    """(system prompt, user prompt) for the answer to turn 1 or 2. `str.format` fills once: braces stay.
+def judge_request(question: dict, answers: list[str], turn: int, with_system: bool) -> list[dict]:
+    """The conversation that asks for the rating of turn 1 or 2. `str.format` fills once: braces stay.
 
     Without a system prompt the multi-turn instruction goes before the user prompt (as FastChat does for
     models that take none), "You are a helpful assistant." nowhere.
@@ -173,8 +173,8 @@ def judge_request(question: dict, answers: list[str], turn: int, with_system: bo
     texts = {"question": question["turns"], "answer": answers, "reference": question["references"] or ["", ""]}
     prompt = prompt.format(**{f"{key}_{i}": text for key, pair in texts.items() for i, text in enumerate(pair, 1)})
     if with_system:
-        return system, prompt
-    return None, prompt if turn == 1 else f"[Instruction]\n{system.strip()}\n\n{prompt}"
+        return common.as_messages(prompt, system)
+    return common.as_messages(prompt if turn == 1 else f"[Instruction]\n{system.strip()}\n\n{prompt}")
 
 
 def parse_rating(text: str) -> float | int | None:
@@ -187,10 +187,9 @@ def parse_rating(text: str) -> float | int | None:
 
 def grade(args: Args, judge, some: list[dict]) -> list[dict]:
     """The finished rows of some answers; judgment None: too long for the judge, or refused."""
-    chats = [common.as_messages(item["prompt"], item["system"]) for item in some]
+    chats, rows = [item["chat"] for item in some], []
     seeds = [common.derive_seed(args.seed, item["id"]) for item in some]
     found = shared.ask(judge, chats, seeds, parse_rating, args.judge_max_new_tokens)
-    rows = []
     for item, (rating, text, tries) in zip(some, found, strict=True):
         about = {key: item[key] for key in ("id", "question_id", "turn")}
         rows.append(about | {"rating": rating, "judgment": text, "tries": tries})
@@ -201,14 +200,12 @@ def judge_all(args: Args, judge, name: str, questions: list[dict], answers: list
     """The judgment of every answer of one model, resumed."""
     items, by_id = [], {row["id"]: row for row in questions}
     for row, turn in ((row, turn) for row in answers for turn in (1, 2)):
-        system, prompt = judge_request(by_id[row["id"]], row["turns"], turn, args.judge_system)
         about = {"id": f"{row['id']}/{turn}", "question_id": row["id"], "turn": turn}
-        items.append(about | {"system": system, "prompt": prompt})
+        items.append(about | {"chat": judge_request(by_id[row["id"]], row["turns"], turn, args.judge_system)})
     # what has changed the answers has done so already
     own = dataclasses.replace(args, model=None, endpoint=None, chat_template=None, max_new_tokens=0)
-    texts = [[item["id"], item["system"], item["prompt"]] for item in items]
-    sizes = [common.text_size(common.as_messages(i["prompt"])) + args.judge_max_new_tokens for i in items]
-    return work_through(own, f"judgments_{name}", items, sizes, grade, judge, **{"answers and references": texts})
+    sizes = [common.text_size(item["chat"]) + args.judge_max_new_tokens for item in items]
+    return work_through(own, f"judgments_{name}", items, sizes, grade, judge, **{"answers and references": items})
 
 
 def rating_table(judgments: list[dict]) -> pd.DataFrame:

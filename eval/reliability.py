@@ -112,13 +112,6 @@ def variance_rows(run: shared.Run, again: list[dict], least: float, rho: float, 
     return pd.DataFrame(rows, columns=keys)
 
 
-def mean_variances(prompts: pd.DataFrame, least: float, rho: float) -> dict[str, tuple[int, pd.Series]]:
-    """(number, mean variance: all axes, then each) of all prompts, of those that ρ and det_min keep, of the rest."""
-    kept = prompts["kept"].astype(bool)
-    groups = {"all": prompts, f"kept, {least:g} < det ≤ {rho:g}": prompts[kept], "dropped": prompts[~kept]}
-    return {label: (len(of), of.filter(regex="^variance").mean()) for label, of in groups.items()}
-
-
 def agreement(run: shared.Run, other: shared.Run) -> dict:
     """Two judges of the same responses: RV over all axes, and per axis Spearman, equal, and within 1."""
     pairs = [pair for of_prompt in shared.scored_by_both(run, other).values() for pair in of_prompt]
@@ -172,7 +165,8 @@ def main(args: Args) -> None:
         both = prompts[["det", "variance"]].to_numpy()
         low, high = shared.bootstrap_interval(both, rank, draws=2000, seed=args.seed)
         scores = [own for row in again for times in row["times"] for own in times]
-        found[label] = {"names": run.objectives, "variances": mean_variances(prompts, least, rho), "judge": judge.title}
+        groups = {f"kept, {least:g} < det ≤ {rho:g}": prompts[prompts["kept"]], "dropped": prompts[~prompts["kept"]]}
+        found[label] = {"names": run.objectives, "groups": {"all": prompts} | groups, "judge": judge.title}
         found[label] |= {"rank": {"mean": rank(both), "low": low, "high": high}, "scores": scores}
         found[label] |= {"other": agreement(run, others[i]) if others else None}
     text = shared.render_page("reliability.md", runs=found, k=args.k, how=args.how)

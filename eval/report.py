@@ -90,7 +90,8 @@ class Run:
         self.judge = shared.judge_name(self.scored_by)  # None where nothing was scored
         self.model = next((args["model"] for args in self.made.values() if args.get("model")), None)
         # id -> scores or None of each candidate; of the refined answer, in a list of one
-        self.candidates, self.refined = candidate_scores(self.answers), refined_scores(self.answers)
+        self.candidates = {str(row["id"]): [one.get("scores") for one in row["responses"]] for row in self.answers}
+        self.refined = {str(row["id"]): [row["refined"]["scores"]] for row in self.answers if "refined" in row}
         self.names = shared.objective_names(self.made, self.candidates)
         dropped, kept = (self.rows.get(file, []) for file in ("04_dropped.jsonl", "04_denoised.jsonl"))
         # id -> "kept", or the reason for which stage 4 dropped the prompt
@@ -176,14 +177,6 @@ def number(value) -> str:
 
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{round_half_up(100 * share, 1)} %"
-
-
-def candidate_scores(rows: list[dict]) -> dict[str, list]:
-    return {str(row["id"]): [response.get("scores") for response in row["responses"]] for row in rows}
-
-
-def refined_scores(rows: list[dict]) -> dict[str, list]:
-    return {str(row["id"]): [row["refined"]["scores"]] for row in rows if "refined" in row}
 
 
 def read_of(groups: dict[str, list]) -> list[list]:
@@ -298,8 +291,8 @@ def show_funnel(run: Run, args: Args) -> dict:
     rows, fates = run.rows, Counter(run.fates.values())
     counts = {
         "01_samples.jsonl": len(rows.get("01_samples.jsonl", [])),
-        "02_scores.jsonl": sum(map(any, candidate_scores(rows.get("02_scores.jsonl", [])).values())),
-        "03_refined.jsonl": len(read_of(refined_scores(rows.get("03_refined.jsonl", [])))),
+        "02_scores.jsonl": sum(map(any, run.candidates.values())),
+        "03_refined.jsonl": len(read_of(run.refined)),
         "04_denoised.jsonl": fates["kept"],
         "05_pairs.jsonl": len({str(pair["id"]) for pair in run.pairs}),
     }
@@ -319,12 +312,8 @@ def show_scores(run: Run, args: Args) -> dict:
         for name, group in list(groups.items()):
             groups[f"{name}, kept prompts"] = {id: of for id, of in group.items() if run.fates.get(id) == "kept"}
     means = {name: shared.prompt_means(group, run.names) for name, group in groups.items()}
-    lines = []
-    for name, group in groups.items():
-        scored = f"{len(read_of(group))} of {sum(map(len, group.values()))}"
-        lines.append([name, len(means[name]), scored, *mean_intervals(means[name])])
-    gain = shared.gains(means["refined"], means["candidates"])
-    lines.append(["refined − candidates, same prompt", len(gain), "", *mean_intervals(gain)])
+    scored = {name: f"{len(read_of(group))} of {sum(map(len, group.values()))}" for name, group in groups.items()}
+    means["refined − candidates, same prompt"] = shared.gains(means["refined"], means["candidates"])
     mixed = [[*run.refined[id], scores] for id in run.refined for scores in run.candidates[id]]
     ties = [common.tie_rate(list(run.candidates.values())), common.tie_rate(mixed)]
 
@@ -334,7 +323,7 @@ def show_scores(run: Run, args: Args) -> dict:
         values = {group: [one[axis] for one in scores] for group, scores in read.items()}
         bins = bins_of([*itertools.chain(*values.values()), *((1, 10) if whole else ())])
         charts.append(bars(run, f"{name} scores", "score", values, "answers", share=True, bins=bins))
-    return {"figures": charts, "means": lines, "ties": ties}
+    return {"figures": charts, "means": means, "scored": scored, "ties": ties}
 
 
 def show_scatter(run: Run, args: Args) -> dict:
@@ -379,13 +368,9 @@ def show_det(run: Run, args: Args) -> dict:
     rules = [(value, f"{name} = {value:g}") for name, value in (("ρ", rho), ("det_min", least)) if value]
     title, label = "det Σ of a prompt's candidates", "det Σ (logarithmic; 0 apart)"
     chart = bars(run, title, label, groups, "prompts", rules=rules, bins=(edges, labels), linear=edges[1])
-    lines = []
-    for name, values in {**groups, "all": list(run.dets.values())}.items():
-        above = number(sum(value > rho for value in values) if rho else None)
-        quantiles = [f"{value:.3g}" for value in np.quantile(values, [0, 0.25, 0.5, 0.75, 1])]
-        lines.append([name, len(values), *quantiles, values.count(0), above])
+    groups = {name: pd.Series(values) for name, values in {**groups, "all": list(run.dets.values())}.items()}
     options = {name: run.argument("04_denoise", name) for name in ("ddof", "cov_scope", "informativeness")}
-    return {"figures": [chart], "lines": lines, "rho": rho, "least": least} | options
+    return {"figures": [chart], "groups": groups, "rho": rho, "least": least} | options
 
 
 def show_pairs(run: Run, args: Args) -> dict:
@@ -475,18 +460,14 @@ def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
     """Of each test set the systems' mean scores, and their answers to the same prompts; the first is the base."""
     sets = []
     for test_set, (base, *others) in shared.by_test_set(runs).items():
-        names, shown = base.objectives, []
+        names = base.objectives
         means = {run.name: shared.prompt_means(run.groups(), names) for run in (base, *others)}
         for run in others:
             shared.shared_ids(base, run)  # an id is the same prompt in both
             means[f"{run.name} − {base.name}"] = shared.gains(means[run.name], means[base.name])
-        lines = [[name, len(of), *mean_intervals(of)] for name, of in means.items()]
         first = {run.name: {row["id"]: row["responses"][0] for row in run.rows} for run in (base, *others)}
-        for row in choose([row for row in base.rows if all(row["id"] in of for of in first.values())], args):
-            answers = {name: of[row["id"]] for name, of in first.items()}
-            prompt = {"id": row["id"], "asked": common.plain_text(row["prompt"]), "answers": answers, "names": names}
-            shown.append(prompt | {"fate": "", "det": None, "pairs": None})
-        sets.append({"name": test_set or "Test", "names": names, "means": lines, "shown": shown})
+        rows = choose([row for row in base.rows if all(row["id"] in of for of in first.values())], args)
+        sets.append({"name": test_set or "Test", "names": names, "means": means, "rows": rows, "first": first})
     return sets
 
 
@@ -507,7 +488,7 @@ def build_page(runs: list[Run], test_runs: list[shared.Run], args: Args) -> str:
         shown[-1]["means"] = [dict(zip(run.names, mean_intervals(of), strict=True)) for of in means]
         lines, (fit, verdict) = common.check_lines(run.made), common.judge_verdict(run.made, run.names)
         shown[-1]["checked"] = [line.removeprefix("judge check: ") for line in lines] + [verdict] * (not fit)
-    texts = (is_number, number, percent, common.tie_rate)  # how the page writes them
+    texts = (is_number, number, percent, mean_intervals, common.tie_rate, common.plain_text)  # for the page
     facts = {"tests": show_tests(test_runs, args), "whole": bool(args.ids), "seed": args.seed, "curves": CURVES}
     return shared.render_page(PAGE.name, runs=shown, **facts, **{text.__name__: text for text in texts})
 
