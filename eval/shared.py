@@ -131,9 +131,7 @@ def read_run(spec: str) -> Run:
     return Run(name or path.name + "+refined" * refined, test_set, source, rows, made, record)
 
 
-def read_runs(
-    specs: list[str] | None, least: int = 1, per_set: bool = False, allow_differences: bool | None = None
-) -> list[Run]:
+def read_runs(specs: list[str] | None, least=1, per_set=False, allow_differences: bool | None = None) -> list[Run]:
     """All runs, at least `least`; UserError if a name stands twice on a test set or the objectives differ.
 
     per_set: each test set may have objectives of its own. What keeps scores from comparing is a UserError, and with

@@ -1,6 +1,5 @@
 """eval/annotate.py: the page in a real browser, its blindness and its safety; the agreement and its κ."""
 
-import csv
 import html.parser
 import json
 import math
@@ -12,6 +11,7 @@ import annotate
 import pytest
 import shared
 from conftest import scored_row, wait, write_rows
+from eval_helpers import csv_rows, refuse, succeed, write_record
 
 OBJECTIVES = [["Harmlessness", "Safe and neutral."], ["Helpfulness", "Addresses what is asked."]]
 DIMENSIONS = [name for name, _ in OBJECTIVES]
@@ -43,8 +43,7 @@ def make_runs(tmp_path: Path, texts: list[str] | None = None) -> list[str]:
         if texts is not None:
             rows = [scored_row(f"h{n}", [[5, 5]], None, [f"{t}{i}"]) | {"prompt": t} for n, t in enumerate(texts)]
         write_rows(folder / "02_scores.jsonl", rows)
-        record = {"stage": "02_score", "args": JUDGED, "inputs": {}, "earlier": {}, "complete": True}
-        (folder / "02_args.json").write_text(json.dumps(record), encoding="utf-8")
+        write_record(folder, "02_score", args=JUDGED)
     return [f"Zebra9={tmp_path / 'a'}", f"Quokka7={tmp_path / 'b'}"]
 
 
@@ -53,13 +52,14 @@ def study(tmp_path, call):
     """study(texts=None, *options) -> (page, key) of a page built in tmp_path/out."""
 
     def build(texts=None, *options) -> tuple[Path, dict]:
-        runs = make_runs(tmp_path, texts)
-        code, _, errors = call("annotate", "--runs", *runs, "--output_dir", tmp_path / "out", *options)
-        assert code == 0, errors
-        key = json.loads((tmp_path / "out" / "annotate_key.json").read_text(encoding="utf-8"))
-        return tmp_path / "out" / "annotate.html", key
+        succeed(call, "annotate", "--runs", *make_runs(tmp_path, texts), "--output_dir", tmp_path / "out", *options)
+        return tmp_path / "out" / "annotate.html", read_key(tmp_path)
 
     return build
+
+
+def read_key(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "out" / "annotate_key.json").read_text(encoding="utf-8"))
 
 
 class Page(html.parser.HTMLParser):
@@ -102,9 +102,7 @@ def save(path: Path, value) -> Path:
 
 
 def numbers(folder: Path) -> dict:
-    """(table, dimension, who) -> row of annotate_agreement.csv."""
-    with open(folder / "annotate_agreement.csv", encoding="utf-8", newline="") as file:
-        return {(row["table"], row["dimension"], row["who"]): row for row in csv.DictReader(file)}
+    return csv_rows(folder / "annotate_agreement.csv", "table", "dimension", "who")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,8 +115,7 @@ def test_page_is_blind_and_its_key_says_which_side_is_which(study, tmp_path, cal
     assert "says 0" in text and not re.search("zebra9|quokka7|the-judge", text, re.IGNORECASE)
     assert not {item["item"] for item in shown["items"]} & SCORES.keys()
     folders = [spec.partition("=")[2] for spec in make_runs(tmp_path)]
-    options = ("--runs", f"X={folders[0]}", f"Y={folders[1]}", "--output_dir", tmp_path / "other")
-    assert call("annotate", *options)[0] == 0
+    succeed(call, "annotate", "--runs", f"X={folders[0]}", f"Y={folders[1]}", "--output_dir", tmp_path / "other")
     assert (tmp_path / "other" / "annotate.html").read_text(encoding="utf-8") == text, "names change nothing in it"
     assert key["systems"] == ["Zebra9", "Quokka7"] and key["dimensions"] == DIMENSIONS
     assert shown["study"] == key["study"] and len(shown["items"]) == 6
@@ -165,41 +162,35 @@ def test_hostile_text_stays_data(study):
 def test_key_of_another_study_is_not_lost(study, tmp_path, call):
     _, key = study()
     options = ("--runs", *make_runs(tmp_path), "--output_dir", tmp_path / "out")
-    code, _, errors = call("annotate", *options, "--seed", 1)
-    assert code == 2 and "another study" in errors and "--overwrite" in errors
+    assert "--overwrite" in refuse(call, "annotate", "another study", *options, "--seed", 1)
     assert study()[1] == key, "the same study again is fine"
     rows = [scored_row(id, [[1, 1]], None, [f"{id} says 0"]) for id in SCORES]
     write_rows(tmp_path / "a" / "02_scores.jsonl", rows)  # another judge of the same answers
-    assert call("annotate", *options)[0] == 0
-    scored_again = json.loads((tmp_path / "out" / "annotate_key.json").read_text(encoding="utf-8"))
-    assert scored_again["study"] == key["study"] and scored_again["items"] != key["items"]
-    assert call("annotate", *options, "--seed", 1, "--overwrite")[0] == 0
+    succeed(call, "annotate", *options)
+    assert read_key(tmp_path)["study"] == key["study"] and read_key(tmp_path)["items"] != key["items"]
+    succeed(call, "annotate", *options, "--seed", 1, "--overwrite")
 
 
 def test_summary_and_bad_runs(tmp_path, call):
     a, b = make_runs(tmp_path)
     out = ("--output_dir", tmp_path / "out")
-    code, output, errors = call("annotate", "--runs", a, b, "--num_prompts", 4, *out)
-    assert code == 0 and not errors
-    counts = {line[:25].strip(): line[25:].strip() for line in output.splitlines()[1:6]}
-    key = json.loads((tmp_path / "out" / "annotate_key.json").read_text(encoding="utf-8"))
-    assert counts["prompts in common"] == "6" and counts["drawn"] == "4"
-    assert counts["Zebra9 on the left"] == str(sum(item["left"] == "Zebra9" for item in key["items"]))
+    output = succeed(call, "annotate", "--runs", a, b, "--num_prompts", 4, *out)
+    left = sum(item["left"] == "Zebra9" for item in read_key(tmp_path)["items"])
+    assert "4 of 6 prompts in common are drawn" in output and f"Zebra9 is on the left in {left} of them" in output
     assert str(tmp_path / "out" / "annotate.html") in output
 
     write_rows(tmp_path / "c" / "02_scores.jsonl", [scored_row("elsewhere", [[1, 1]], None)])
     shutil.copy(tmp_path / "a" / "02_args.json", tmp_path / "c")
-    for options, said in (
-        (("--runs", a), "at least 2"),
-        (("--runs", a, b, f"C={tmp_path / 'c'}"), "two runs are compared"),
-        (("--runs", a, f"C={tmp_path / 'c'}"), "no prompt in common"),
-        (("--runs", f"x:{a}", f"y:{a}"), "both are named"),
-        (("--runs", a, b, "--num_prompts", 0), "at least 1"),
-        (("--runs", a, b, "--exports", "x.json"), "one of the two"),
-        ((), "one of the two"),
+    for said, *options in (
+        ("at least 2", "--runs", a),
+        ("two runs are compared", "--runs", a, b, f"C={tmp_path / 'c'}"),
+        ("no prompt in common", "--runs", a, f"C={tmp_path / 'c'}"),
+        ("both are named", "--runs", f"x:{a}", f"y:{a}"),
+        ("at least 1", "--runs", a, b, "--num_prompts", 0),
+        ("one of the two", "--runs", a, b, "--exports", "x.json"),
+        ("one of the two",),
     ):
-        code, _, errors = call("annotate", *options, *out)
-        assert code == 2 and said in errors and len(errors.splitlines()) == 1, errors
+        refuse(call, "annotate", said, *options, *out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,8 +204,7 @@ def test_agreement_of_two_and_of_three(study, tmp_path, call):
     _, key = study()
     files = [save(tmp_path / f"{name}.json", make_export(key, name, *of)) for name, of in (("r1", ONE), ("r2", TWO))]
     out = ("--output_dir", tmp_path / "out", "--key", tmp_path / "out" / "annotate_key.json")
-    code, output, errors = call("annotate", "--exports", *files, *out)
-    assert code == 0 and not errors
+    output = succeed(call, "annotate", "--exports", *files, *out)
     found = numbers(tmp_path / "out")
 
     def counts(who, dimension="Harmlessness"):
@@ -246,7 +236,7 @@ def test_agreement_of_two_and_of_three(study, tmp_path, call):
     assert (tmp_path / "out" / "annotate_agreement.md").read_text(encoding="utf-8").strip() in output
 
     files.append(save(tmp_path / "r3.json", make_export(key, "r3", *ONE)))
-    assert call("annotate", "--exports", *files, *out)[0] == 0
+    succeed(call, "annotate", "--exports", *files, *out)
     found = numbers(tmp_path / "out")
     # item agreements 1, 1/3, 1, 1, 1/3, 1; totals A 9, tie 4, B 5 of 18: P_e 61/162
     assert agreement("annotators", "3 annotators") == (6, pytest.approx(7 / 9), pytest.approx(65 / 101))
@@ -260,18 +250,20 @@ def test_items_that_not_all_have_answered(study, tmp_path, call):
     none_shared = ([None, None, "A", None, None, "B"], [None] * 6)
     exports = {"r1": ONE, "r2": some, "majority": none_shared}
     files = [save(tmp_path / f"{name}.json", make_export(key, name, *of)) for name, of in exports.items()]
-    code, output, errors = call("annotate", "--exports", *files[:2], "--output_dir", tmp_path / "out")
-    assert code == 0 and not errors and "r2 (2 of 12)" in output
-    found = numbers(tmp_path / "out")
+
+    def agree(*files) -> tuple[str, dict]:
+        output = succeed(call, "annotate", "--exports", *files, "--output_dir", tmp_path / "out")
+        return output, numbers(tmp_path / "out")
+
+    output, found = agree(*files[:2])
+    assert "r2 (2 of 12)" in output
     row = found["annotators", "Harmlessness", "r1 and r2"]
     assert (row["items"], float(row["agreement"]), row["kappa"]) == ("2", 1, ""), "both know A only"
     assert found["annotators", "Helpfulness", "r1 and r2"]["agreement"] == ""
     assert found["judge", "Harmlessness", "majority"]["items"] == "5", "one annotator of an item is its majority"
-    code, output, errors = call("annotate", "--exports", *files, "--output_dir", tmp_path / "out")
-    assert code == 0 and not errors
-    assert numbers(tmp_path / "out")["annotators", "Harmlessness", "3 annotators"]["items"] == "0"
-    code, output, _ = call("annotate", "--exports", files[0], "--output_dir", tmp_path / "out")
-    assert code == 0 and not [who for table, _, who in numbers(tmp_path / "out") if table == "annotators"]
+    assert agree(*files)[1]["annotators", "Harmlessness", "3 annotators"]["items"] == "0"
+    output, found = agree(files[0])
+    assert not [who for table, _, who in found if table == "annotators"]
     assert "majority |" not in output, "of one it is no news"
 
 
@@ -321,8 +313,7 @@ def test_bad_exports(study, tmp_path, call, change, said):
     else:
         export["answers"][1] |= change
     file = save(tmp_path / "bad.json", export)
-    code, _, errors = call("annotate", "--exports", file, "--output_dir", tmp_path / "out")
-    assert code == 2 and said in errors and str(file) in errors and len(errors.splitlines()) == 1, errors
+    assert str(file) in refuse(call, "annotate", said, "--exports", file, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out" / "annotate_agreement.md").exists()
 
 
@@ -331,18 +322,17 @@ def test_bad_files(study, tmp_path, call):
     good = save(tmp_path / "good.json", make_export(key, "r 1", *ONE))
     again = save(tmp_path / "again.json", make_export(key, " r  1 ", *TWO))
     save(tmp_path / "list.json", [])
-    for options, said in (
-        (("--exports", good, again), "annotator 'r 1' again"),
-        (("--exports", tmp_path / "none.json"), "no such file"),
-        (("--exports", save(tmp_path / "broken.json", "{")), "broken JSON"),
-        (("--exports", tmp_path / "list.json"), "not a JSON object"),
-        (("--exports", tmp_path / "out" / "annotate_key.json"), "no list 'answers'"),
-        (("--exports", good, "--key", good), "no key of this script"),
-        (("--exports", good, "--judge_tie", -1), "at least 0"),
-        (("--exports", good, "--output_dir", tmp_path / "empty"), "annotate_key.json: no such file"),
+    for said, *options in (
+        ("annotator 'r 1' again", "--exports", good, again),
+        ("no such file", "--exports", tmp_path / "none.json"),
+        ("broken JSON", "--exports", save(tmp_path / "broken.json", "{")),
+        ("not a JSON object", "--exports", tmp_path / "list.json"),
+        ("no list 'answers'", "--exports", tmp_path / "out" / "annotate_key.json"),
+        ("no key of this script", "--exports", good, "--key", good),
+        ("at least 0", "--exports", good, "--judge_tie", -1),
+        ("annotate_key.json: no such file", "--exports", good, "--output_dir", tmp_path / "empty"),
     ):
-        code, _, errors = call("annotate", "--output_dir", tmp_path / "out", *options)
-        assert code == 2 and said in errors and len(errors.splitlines()) == 1, errors
+        refuse(call, "annotate", said, "--output_dir", tmp_path / "out", *options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,8 +429,7 @@ def test_annotation_by_keyboard_reload_export_agreement(study, tmp_path, call, c
 
     file = chromium.downloads / "annotate_Ann_123_ü.json"
     other = save(tmp_path / "r2.json", make_export(key, "r2", *ONE))
-    code, _, errors = call("annotate", "--exports", file, other, "--output_dir", tmp_path / "out")
-    assert code == 0 and not errors
+    succeed(call, "annotate", "--exports", file, other, "--output_dir", tmp_path / "out")
     systems = {"Zebra9": "A", "Quokka7": "B"}
     mine = {item["id"]: systems[item[choices[0]]] for item, choices in zip(key["items"], chosen, strict=True)}
     row = numbers(tmp_path / "out")["choices", "Harmlessness", "Ann 123 ü"]

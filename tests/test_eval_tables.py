@@ -1,6 +1,5 @@
 """eval/: tables, intervals, RV, frontier, pairwise, reliability, against second formulas and the paper."""
 
-import csv
 import importlib
 import itertools
 import json
@@ -17,6 +16,7 @@ import rv
 import shared
 import torch
 from conftest import make_model, make_tokenizer, read_rows, scored_row, write_rows
+from eval_helpers import csv_rows, refuse, succeed, table_lines, write_record
 from scipy import stats
 
 import common
@@ -37,36 +37,18 @@ HARMLESS = {"objectives": ["harmlessness", "helpfulness"]}
 
 def scored(folder, groups, texts=None, prompt="question {}", inputs=None, **args):
     """A run directory with 02_scores.jsonl: groups are the scores of each prompt's responses; args: of stage 2."""
-    texts = texts or {}
     rows = []
     for i, group in enumerate(groups):
-        responses = [{"text": texts.get((i, j), f"answer {i} {j}"), "scores": s} for j, s in enumerate(group)]
-        rows.append({"id": f"p{i}", "prompt": prompt.format(i), "responses": responses})
+        named = [(texts or {}).get((i, j), f"answer {i} {j}") for j in range(len(group))]
+        rows.append(scored_row(f"p{i}", group, None, named) | {"prompt": prompt.format(i)})
     write_rows(folder / "02_scores.jsonl", rows)
     if args:
-        record = {"stage": "02_score", "args": args, "earlier": {}, "inputs": inputs or {}, "complete": True}
-        (folder / "02_args.json").write_text(json.dumps(record))
+        write_record(folder, "02_score", inputs=inputs, args=args)
     return folder
 
 
-def run(call, script, *arguments):
-    code, out, err = call(script, *arguments)
-    assert code == 0, err
-    return out
-
-
-def csv_rows(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table_lines(text):
-    """First cell -> the other cells, of the lines of all Markdown tables; the last of a name stands."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    return {line[0]: line[1:] for line in lines}
-
-
-# ------------------------------------------------------------------------------- numbers behind all
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers behind all.
 
 
 def test_table_3_to_the_digit():
@@ -111,13 +93,14 @@ def test_permutation_mean_is_the_mean_over_all_permutations():
     assert rv.permutation_mean(X, Y) == pytest.approx(np.mean(every))
 
 
-# ------------------------------------------------------------------------------------- judge_table
+# ---------------------------------------------------------------------------------------------------------------------
+# Judge_table.
 
 
 def test_judge_table(call, tmp_path):
     base = scored(tmp_path / "base", [[[5, 4]], [[6, 4]], [[7, 5]], [[5, 6]], [None]])
     better = scored(tmp_path / "better", [[[9, 4]], [[9, 3]], [[10, 6]], [[8, 6]], [[9, 9]]])
-    out = run(call, "judge_table", "--runs", f"Vanilla={base}", f"S_A={better}", "--output_dir", tmp_path / "eval")
+    out = succeed(call, "judge_table", "--runs", f"Vanilla={base}", f"S_A={better}", "--output_dir", tmp_path)
     lines = table_lines(out)
     assert lines["system"][2:] == ["objective 1", "objective 2", "HH5", "HH10", "HH20"]
     assert lines["Vanilla"][:2] == ["4", "1"] and lines["S_A"][:2] == ["5", "0"]
@@ -126,14 +109,14 @@ def test_judge_table(call, tmp_path):
     difference = lines["S_A − Vanilla"]
     assert difference[0] == "4", "the prompts that both have scores of"
     assert difference[1].startswith("3.25 [") and difference[2].startswith("0.00 [")
-    rows = {(r["system"], r["measure"]): r for r in csv_rows(tmp_path / "eval" / "judge_table.csv")}
+    rows = csv_rows(tmp_path / "judge_table.csv", "system", "measure")
     assert float(rows["S_A", "HH10"]["mean"]) == pytest.approx((10 * 9 + 5.6) / 11)
     own = rows["S_A", "objective 1"]
     assert float(own["difference_low"]) <= 3.25 <= float(own["difference_high"]) and own["paired_prompts"] == "4"
     assert rows["Vanilla", "HH5"]["difference"] == "", "what is not defined is an empty cell"
-    tex = (tmp_path / "eval" / "judge_table.tex").read_text()
+    tex = (tmp_path / "judge_table.tex").read_text()
     assert r"S\_A & 5 & 0 & \textbf{9.00 [" in tex and tex.count(r"\toprule") == 2 and r"S\_A $-$ Vanilla & 4" in tex
-    text = (tmp_path / "eval" / "judge_table.md").read_text()
+    text = (tmp_path / "judge_table.md").read_text()
     assert text.strip() in out and "10 cells are compared in 5 columns, 4 of them bold; about 0.25 would" in text
 
 
@@ -148,12 +131,11 @@ def test_table_1_of_several_test_sets_in_one_command(call, tmp_path):
     """Sets with objectives of their own, and refined answers; systems that a set lacks are a dash."""
     rows = [scored_row(f"p{i}", [[3, 3], [5, 3]], [9, 8]) for i in range(3)]
     write_rows(tmp_path / "a" / "03_refined.jsonl", rows)
-    record = {"stage": "03_refine", "args": HARMLESS, "earlier": {}, "inputs": {}, "complete": True}
-    (tmp_path / "a" / "03_args.json").write_text(json.dumps(record))
+    write_record(tmp_path / "a", "03_refine", args=HARMLESS)
     a = scored(tmp_path / "a", [[[3, 3], [5, 3]]] * 3, prompt="question p{}", **HARMLESS)
     h = scored(tmp_path / "h", [[[3, 3], [8, 3]]] * 3, objectives=["honesty", "helpfulness"])
     specs, out = (f"Safe:A={a}", f"Safe:R={a}+refined", f"Hone:A={h}"), tmp_path / "eval"
-    text = run(call, "judge_table", "--runs", *specs, "--output_dir", out)
+    text = succeed(call, "judge_table", "--runs", *specs, "--output_dir", out)
     whole, safe, hone = text.replace("### Hone", "### Safe").split("### Safe")
     lines = table_lines(whole)
     head = ["Safe: Harmlessness", "Safe: Helpfulness", "Hone: Honesty", "Hone: Helpfulness"]
@@ -189,9 +171,7 @@ def test_bad_runs_are_one_line(call, tmp_path, specs, words):
     folders = {name: tmp_path / name for name in ("a", "b", "c", "d", "empty")}
     options = ["--runs", *(spec.format(**folders) for spec in specs)] if specs else []
     for script in ("judge_table", "pairwise") if "D={d}" in specs else ("judge_table",):
-        code, _, err = call(script, *options, "--output_dir", tmp_path / "eval")
-        assert code == 2 and words in err and "Traceback" not in err, err
-        assert len([line for line in err.splitlines() if "error" in line]) == 1
+        refuse(call, script, words, *options, "--output_dir", tmp_path / "eval")
 
 
 def test_three_objectives_and_paths_with_signs_in_them(call, tmp_path):
@@ -201,12 +181,12 @@ def test_three_objectives_and_paths_with_signs_in_them(call, tmp_path):
     spa = scored(tmp_path / "a+b", [[[9, 5, 3]], [[9, 6, 2]]], objectives=three)
     write_rows(spa / "03_refined.jsonl", [scored_row(f"p{i}", [[9, 5, 3]], [10, 9, 8]) for i in (0, 1)])
     options = ("--output_dir", tmp_path / "eval")
-    out = run(call, "judge_table", "--runs", base, f"S=PA={spa}", f"X={base}", *options)
+    out = succeed(call, "judge_table", "--runs", base, f"S=PA={spa}", f"X={base}", *options)
     assert "| lr=1e-5 " in out and "Honesty" in out and "HH" not in out and "9.00 [" in out
     assert shared.read_run(f"R={spa}+refined").rows[0]["responses"][0]["scores"] == [10, 9, 8]
     assert shared.read_run(f"{spa}+refined").name == "a+b+refined" and shared.split_spec(str(base))[0] == ""
     assert shared.split_spec("a=b=c") == ("a", "b=c") and shared.split_spec("b") == ("", "b")
-    out = run(call, "frontier", "--runs", base, spa, *options)
+    out = succeed(call, "frontier", "--runs", base, spa, *options)
     assert "Harmlessness up" in out and "Helpfulness" not in out
 
 
@@ -226,8 +206,7 @@ def test_what_does_not_compare_is_refused_unless_asked_for(call, tmp_path, scrip
     """FAULTS 24: other judges, ways of reading, judge prompts; other definitions are refused, see above."""
     a, b = (scored(tmp_path / n, [[[5, 4]]] * 2, **HARMLESS, **args) for n, args in (("a", one), ("b", other)))
     options = ("--runs", a, b, "--output_dir", tmp_path / "eval")
-    code, _, err = call(script, *options)
-    assert code == 2 and words in err and "score them alike, or pass --allow_differences" in err
+    assert "score them alike, or pass --allow_differences" in refuse(call, script, words, *options)
     code, out, err = call(script, *options, "--allow_differences")
     assert code == 0 and f"warning: {words}" in err.replace("several judge prompts with", "with")
     assert script == "frontier" or f"not alike: {words}" in out.replace("several judge prompts with", "with")
@@ -238,10 +217,11 @@ def test_a_judge_is_what_is_in_its_folder(call, tmp_path):
     a = scored(tmp_path / "a", [[[5, 4]]] * 2, model="m", inputs={"--model": "1"}, **HARMLESS)
     args = {"model": "trained", "judge_model": "/else/m", "inputs": {"--model": "2", "--judge_model": "1"}}
     b = scored(tmp_path / "b", [[[5, 4]]] * 2, **args, **HARMLESS)
-    assert "judge: /else/m, m" in run(call, "judge_table", "--runs", a, b, "--output_dir", tmp_path / "eval")
+    assert "judge: /else/m, m" in succeed(call, "judge_table", "--runs", a, b, "--output_dir", tmp_path / "eval")
 
 
-# --------------------------------------------------------------------------------------- rv, frontier
+# ---------------------------------------------------------------------------------------------------------------------
+# Rv, frontier.
 
 
 def noisy_runs(tmp_path, prompts=40):
@@ -258,7 +238,7 @@ def noisy_runs(tmp_path, prompts=40):
 def test_rv_curve(call, tmp_path):
     weak, strong = noisy_runs(tmp_path)
     options = ("--weak", weak, "--strong", strong, "--orders", 60, "--draws", 100, "--output_dir", tmp_path / "eval")
-    out = run(call, "rv", *options)
+    out = succeed(call, "rv", *options)
     rows = csv_rows(tmp_path / "eval" / "rv.csv")
     prompts = rv.paired_scores(shared.read_run(str(weak)), shared.read_run(str(strong)))
     dets = np.array([det for det, *_ in prompts])
@@ -278,11 +258,9 @@ def test_rv_curve(call, tmp_path):
 def test_rv_bad_input_and_scores_that_never_vary(call, tmp_path):
     weak, strong = noisy_runs(tmp_path, 4)
     out = ("--output_dir", tmp_path / "eval")
-    code, _, err = call("rv", "--weak", weak, "--strong", strong, *out)
-    assert code == 2 and "4 prompts have two responses that both judges scored" in err
+    refuse(call, "rv", "4 prompts have two responses that both judges scored", "--weak", weak, "--strong", strong, *out)
     other = scored(tmp_path / "other", [[[1, 2], [2, 3]]] * 4, texts={(0, 0): "another answer"})
-    code, _, err = call("rv", "--weak", other, "--strong", strong, *out)
-    assert code == 2 and "have other responses" in err
+    refuse(call, "rv", "have other responses", "--weak", other, "--strong", strong, *out)
     flat = scored(tmp_path / "flat", [[[5, 5], [5, 5]]] * 6)  # RV is not defined anywhere
     code, text, err = call("rv", "--weak", flat, "--strong", flat, *out, "--orders", 5)
     assert code == 0 and "RV nan" in text and "no prefix agrees better" in text and "RuntimeWarning" not in err
@@ -294,9 +272,8 @@ def test_pareto_front_is_what_nothing_dominates():
         points = rng.integers(1, 8, (12, 2))
         beaten = [any((q >= p).all() and (q > p).any() for q in points) for p in points]
         front = frontier.pareto_front(points.astype(float))
-        assert set(map(tuple, front.tolist())) == {
-            tuple(p) for p, b in zip(points.tolist(), beaten, strict=True) if not b
-        }
+        best = points[~np.array(beaten)].tolist()
+        assert set(map(tuple, front.tolist())) == set(map(tuple, best))
         assert (np.diff(front[:, 0]) > 0).all()
 
 
@@ -305,19 +282,19 @@ def test_movements(call, tmp_path):
     moved = [[6, 4], [5, 6], [4, 9], [5.05, 5], [5, 5], [6, 6]]
     after = scored(tmp_path / "after", [[pair] for pair in moved])
     options = ("--runs", f"base={before}", f"SPA={after}", "--output_dir", tmp_path / "eval")
-    out = run(call, "frontier", *options, "--tolerance", 0.1)
+    out = succeed(call, "frontier", *options, "--tolerance", 0.1)
     lines = table_lines(out)
     assert lines["objective 1 up"] == ["1", "0", "1", "33%"] and lines["objective 1 same"] == ["1", "2", "0", "50%"]
     assert lines["objective 1 down"] == ["1", "0", "0", "17%"] and lines["all"] == ["50%", "33%", "17%", "6"]
     assert "secondary up): 50%; priority broken (primary down): 17%" in out
     rows = csv_rows(tmp_path / "eval" / "frontier.csv")
     assert {row["id"] for row in rows if row["run"] == "SPA" and row["on_front"] == "True"} == {"p2", "p5"}
-    assert table_lines(run(call, "frontier", *options))["objective 1 up"][1] == "1", "else 5.05 is a rise"
-    code, _, err = call("frontier", "--runs", f"base={before}", "--output_dir", tmp_path / "eval")
-    assert code == 2 and "at least 2 wanted" in err
+    assert table_lines(succeed(call, "frontier", *options))["objective 1 up"][1] == "1", "else 5.05 is a rise"
+    refuse(call, "frontier", "at least 2 wanted", "--runs", f"base={before}")
 
 
-# ------------------------------------------------------------------------------------------ pairwise
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairwise.
 
 
 def test_outcomes_and_flips():
@@ -328,27 +305,15 @@ def test_outcomes_and_flips():
     assert pairwise.outcome(None, A) == pairwise.outcome(A, None) == (None, False)
 
 
-@pytest.mark.parametrize(
-    "text, verdict",
-    [
-        ('{"better": "A"}', 0),
-        ("```json\n{'better': 'b'}\n```", 1),
-        ('I think {"better": "tie"}', 2),
-        ("better: Response B", 1),
-        ('{"better": "Always A"}', None),
-        ("A", None),
-        ('{"better": "both"}', None),
-        ('{"better": "A"} or {"better": "B"}', None),
-        ('{"better": "A/B"}', None),
-        ("better: A or B", None),
-        ('<think>{"better": "A"}?</think> {"better": "B"}', 1),
-        ('{"better": "A"}, so {"better": "A"}', 0),
-        ('{"better": "A"} and {"better": "both"}', None),
-        ("better: a tie", None),
-        ("B is better: A is unsafe", None),
-        ('B is better: it is safe. {"better": "B"}', 1),
-    ],
-)
+VERDICTS = {0: ['{"better": "A"}', '{"better": "A"}, so {"better": "A"}'], 2: ['I think {"better": "tie"}']}
+VERDICTS[1] = ["```json\n{'better': 'b'}\n```", '<think>{"better": "A"}?</think> {"better": "B"}']
+VERDICTS[1] += ["better: Response B", 'B is better: it is safe. {"better": "B"}']
+VERDICTS[None] = ['{"better": "Always A"}', "A", '{"better": "both"}', '{"better": "A"} or {"better": "B"}']
+VERDICTS[None] += ['{"better": "A/B"}', "better: A or B", '{"better": "A"} and {"better": "both"}']
+VERDICTS[None] += ["better: a tie", "B is better: A is unsafe"]
+
+
+@pytest.mark.parametrize(("text", "verdict"), [(text, verdict) for verdict, of in VERDICTS.items() for text in of])
 def test_verdict_parser(text, verdict):
     """FAULTS 13: null if more than one is named; else as common.read_fields says."""
     assert pairwise.parse_verdict(text) == verdict
@@ -374,22 +339,21 @@ def test_pairwise_with_a_local_judge_and_resume(call, tmp_path, tiny):
     base = scored(tmp_path / "base", [[[5, 5]]] * 5, **args)
     spa = scored(tmp_path / "spa", [[[5, 5]]] * 5, {(i, 0): f"better answer {i}" for i in range(5)}, **args)
     options = ("--runs", f"base={base}", f"SPA={spa}", f"same={base}", "--output_dir", tmp_path / "eval")
-    out, verdicts = run(call, "pairwise", *options), tmp_path / "eval" / "pairwise_verdicts.jsonl"
+    out, verdicts = succeed(call, "pairwise", *options), tmp_path / "eval" / "pairwise_verdicts.jsonl"
     rows = read_rows(verdicts)
     assert len(rows) == 10 and all(len(v) == 2 for row in rows for v in row["verdicts"].values())
     assert all(row["words"] == [3, 3] for row in rows)
-    same = [row for row in csv_rows(tmp_path / "eval" / "pairwise.csv") if row["system"] == "same"]
-    assert all((row["tie"], row["equal"], row["flip_rate"]) == ("5", "5", "") for row in same), "nobody was asked"
+    for name in ("Harmlessness", "Helpfulness"):
+        row = csv_rows(tmp_path / "eval" / "pairwise.csv", "system", "dimension")["same", name]
+        assert (row["tie"], row["equal"], row["flip_rate"]) == ("5", "5", ""), "nobody was asked"
     whole = verdicts.read_bytes()
     verdicts.write_bytes(whole[: len(whole) // 2])
-    assert table_lines(run(call, "pairwise", *options)) == table_lines(out) and verdicts.read_bytes() == whole
-    assert "is complete already" in run(call, "pairwise", *options)
-    for change, words in ((("--seed", 3), "was made with --seed 0, not 3"), (("--run_dir", "x"), "not used here")):
-        code, _, err = call("pairwise", *options, *change)
-        assert code == 2 and words in err
+    assert table_lines(succeed(call, "pairwise", *options)) == table_lines(out) and verdicts.read_bytes() == whole
+    assert "is complete already" in succeed(call, "pairwise", *options)
+    refuse(call, "pairwise", "was made with --seed 0, not 3", *options, "--seed", 3)
+    refuse(call, "pairwise", "not used here", *options, "--run_dir", "x")
     (spa / "02_scores.jsonl").write_text((spa / "02_scores.jsonl").read_text().replace("better", "worse"))
-    code, _, err = call("pairwise", *options)
-    assert code == 2 and "--runs is another than when" in err
+    refuse(call, "pairwise", "--runs is another than when", *options)
 
 
 SCORER = """\
@@ -408,20 +372,18 @@ def test_pairwise_by_a_function_on_two_test_sets(call, tmp_path):
         for name, word in (("V", "plain"), ("S", "good")):
             texts = {(i, 0): f"{word} {i}" for i in range(number)} | {(0, 0): "same"}
             folder = scored(tmp_path / f"{test_set}{name}", [[[5, 5, 5]]] * number, texts, **args)
-            rows = [
-                row | {"prompt": common.as_messages(row["prompt"])} for row in read_rows(folder / "02_scores.jsonl")
-            ]
+            rows = read_rows(folder / "02_scores.jsonl")
+            rows = [row | {"prompt": common.as_messages(row["prompt"])} for row in rows]
             write_rows(folder / "02_scores.jsonl", rows)
             specs.append(f"{test_set}:{name}={folder}")
-    out = run(call, "pairwise", "--runs", *specs, "--output_dir", tmp_path / "eval")
-    rows = {(row["test_set"], row["dimension"]): row for row in csv_rows(tmp_path / "eval" / "pairwise.csv")}
+    out = succeed(call, "pairwise", "--runs", *specs, "--output_dir", tmp_path / "eval")
+    rows = csv_rows(tmp_path / "eval" / "pairwise.csv", "test_set", "dimension")
     counts = {key: tuple(int(row[name]) for name in ("win", "tie", "lose", "equal")) for key, row in rows.items()}
     assert counts["one", "Honesty"] == (3, 1, 0, 1) and counts["two", "Honesty"] == (1, 1, 0, 1)
     assert counts["one", "Harmlessness"] == (0, 4, 0, 1) and counts["one", "Helpfulness"] == (0, 1, 3, 1)
     assert rows["one", "Honesty"]["flip_rate"] == "0.0" and "one S" in out and "two S" in out
     bare = scored(tmp_path / "bare", [[[5, 5]]] * 2)
-    code, _, err = call("pairwise", "--runs", bare, f"x={bare}", "--output_dir", tmp_path / "none")
-    assert code == 2 and "says who judged" in err
+    refuse(call, "pairwise", "says who judged", "--runs", bare, f"x={bare}", "--output_dir", tmp_path / "none")
 
 
 @pytest.mark.parametrize("mode", ["json", "constrained"])
@@ -448,7 +410,7 @@ def test_pairwise_by_a_served_judge(call, tmp_path, monkeypatch, mode):
 
     monkeypatch.setattr(common, "make_engine", lambda args, prefix="": Judge("strict"))
     options = ("--runs", f"base={base}", f"SPA={spa}", "--output_dir", tmp_path / "eval")
-    out = run(call, "pairwise", *options, "--judge_model", "strict", "--score_mode", mode)
+    out = succeed(call, "pairwise", *options, "--judge_model", "strict", "--score_mode", mode)
     rows = {row["dimension"]: row for row in csv_rows(tmp_path / "eval" / "pairwise.csv")}
     assert rows["Harmlessness"]["win"] == "4" and rows["Harmlessness"]["flip_rate"] == "0.0"
     assert (rows["Harmlessness"]["winner_words"], rows["Harmlessness"]["loser_words"]) == ("3.0", "2.0")
@@ -458,7 +420,8 @@ def test_pairwise_by_a_served_judge(call, tmp_path, monkeypatch, mode):
     assert {t for t, _ in tries} == ({0.0, 1.0} if mode == "json" else set())
 
 
-# --------------------------------------------------------------------------------------- reliability
+# ---------------------------------------------------------------------------------------------------------------------
+# Reliability.
 
 
 def test_paraphrases_take_the_same_fields():
@@ -472,35 +435,34 @@ def test_paraphrases_take_the_same_fields():
 def test_agreement_of_two_judges_by_hand(tmp_path):
     pairs = [([5, 5], [5, 7]), ([6, 2], [7, 2]), ([9, 9], [6, 9])]
     sides = [scored(tmp_path / str(i), [[pair[i]] for pair in pairs] + [[None if i else [1, 1]]]) for i in (0, 1)]
-    text = reliability.agreement_table(*(shared.read_run(str(side)) for side in sides))
-    mine, theirs = map(np.array, zip(*pairs, strict=True))
-    assert table_lines(text)["all"] == [shared.round_half_up(shared.rv_coefficient(mine, theirs)), "–", "–", "–"]
-    assert table_lines(text)["objective 1"] == ["–", "0.50", "0.33", "0.67"]
-    assert table_lines(text)["objective 2"] == ["–", "1.00", "0.67", "0.67"]
-    assert text.endswith("3 responses that both judges scored")
+    found = reliability.agreement(*(shared.read_run(str(side)) for side in sides))
+    assert found["rv"] == pytest.approx(shared.rv_coefficient(*map(np.array, zip(*pairs, strict=True))))
+    assert found["axes"]["objective 1"] == pytest.approx([0.5, 1 / 3, 2 / 3]), "Spearman, equal, within 1"
+    assert found["axes"]["objective 2"] == pytest.approx([1, 2 / 3, 2 / 3]) and found["responses"] == 3
 
 
 @pytest.mark.parametrize("how", ["paraphrases", "sampled"])
-def test_reliability_run(call, tmp_path, tiny, how):
+def test_reliability_succeed(call, tmp_path, tiny, how):
     args = {"model": tiny(), "score_mode": "expected", "with_instruction": True, **HARMLESS}
     groups = [[[5, 5], [6, 4], [7, 7]], [[1, 1], [1, 1]], [[2, 9], [9, 1], [3, 3]]]
     folder = scored(tmp_path / "run", groups, **args)
     other = scored(tmp_path / "other", [[[5, 5], [6, 4], [8, 7]], [[1, 1], None], [[2, 9], [9, 1], [3, 3]]], **args)
     out = ("--output_dir", tmp_path / "eval")
     options = ("--runs", f"A={folder}", "--others", other, "--k", 3, "--how", how, *out, "--rho", 5)
-    code, text, err = call("reliability", *options)
+    if how == "sampled":  # a random model writes no JSON
+        refuse(call, "reliability", "fewer than two prompts have scores", *options)
+    text = succeed(call, "reliability", *options) if how == "paraphrases" else ""
     rows = read_rows(tmp_path / "eval" / "reliability_A.jsonl")
     assert [len(row["times"]) for row in rows] == [3, 2, 3]
     assert all(len(times) == 3 for row in rows for times in row["times"])
-    if how == "sampled":  # a random model writes no JSON
-        assert code == 2 and "fewer than two prompts have scores" in err
+    if how == "sampled":
         return
     judge, settings = common.Local(tiny()), reliability.Args(**args)
     for turn in (0, 1):  # the first wording is the paper's
         settings.judge_template = reliability.PARAPHRASES[turn]
         (again,) = common.judge(judge, [("question 0", "answer 0 0")], settings, [0])
         assert rows[0]["times"][0][turn] == pytest.approx(again, abs=1e-5)
-    table = {r["id"]: r for r in csv_rows(tmp_path / "eval" / "reliability.csv")}
+    table = {id: row for (id,), row in csv_rows(tmp_path / "eval" / "reliability.csv", "id").items()}
     assert float(table["p0"]["det"]) == pytest.approx(np.linalg.det(np.cov(np.array(groups[0]).T, ddof=0)))
     assert [table[f"p{i}"]["kept"] for i in range(3)] == ["True", "False", "False"], "0, and above ρ, are dropped"
     wanted = np.mean([np.var(np.array(t), axis=0).sum() for t in rows[2]["times"]])
@@ -509,14 +471,13 @@ def test_reliability_run(call, tmp_path, tiny, how):
     assert [row["response"] for row in single] == ["1", "2", "3", "1", "2", "1", "2", "3"]
     assert float(single[5]["variance"]) == pytest.approx(np.var(rows[2]["times"][0], axis=0).sum())
     assert "7 responses that both judges scored" in text and "not read: 0 of 24" in text
-    code, _, err = call("reliability", *options, "--k", 9)
-    assert code == 2 and "there are 4 paraphrases" in err
+    assert table_lines(text)["Harmlessness"][0] == "–" and table_lines(text)["all"][1:] == ["–", "–", "–"]
+    refuse(call, "reliability", "there are 4 paraphrases", *options, "--k", 9)
     two = ("--runs", f"A={folder}", f"B={folder}", "--k", 3, *out, "--rho", 5)
-    text = run(call, "reliability", *two)
+    text = succeed(call, "reliability", *two)
     assert "reliability_A.jsonl is complete already" in text and "### B" in text
     assert len(csv_rows(tmp_path / "eval" / "reliability.csv")) == 6
-    code, _, err = call("reliability", *two, "--others", other)
-    assert code == 2 and "--others: 1 for 2 runs" in err
+    refuse(call, "reliability", "--others: 1 for 2 runs", *two, "--others", other)
 
 
 def test_sampled_answers_are_drawn_at_temperature_1(call, tmp_path, monkeypatch):
@@ -535,7 +496,7 @@ def test_sampled_answers_are_drawn_at_temperature_1(call, tmp_path, monkeypatch)
 
     monkeypatch.setattr(common, "make_engine", lambda args, prefix="": Judge("j"))
     options = ("--runs", f"A={folder}", "--k", 2, "--output_dir")
-    run(call, "reliability", *options, tmp_path / "sampled", "--how", "sampled")
+    succeed(call, "reliability", *options, tmp_path / "sampled", "--how", "sampled")
     assert {temperature for temperature, _ in asked} == {1.0} and len(set(asked)) == len(asked) == 8
     code, _, err = call("reliability", *options, tmp_path / "worded")
     assert code == 0 and "choice has no judge prompt to put in other words" in err

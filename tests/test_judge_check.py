@@ -2,11 +2,11 @@
 
 import importlib
 import json
-import math
 
 import pytest
 import torch
 from conftest import PROBES, ROOT, read_rows, refused, write_rows
+from eval_helpers import refuse, succeed, write_record
 
 import common
 
@@ -35,35 +35,25 @@ def judges(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# the probes
+# The probes, and what is counted.
 
-
-def all_probes() -> list[dict]:
-    return read_rows(ROOT / "data" / "judge_probes.jsonl")
+ALL_PROBES = read_rows(ROOT / "data" / "judge_probes.jsonl")
 
 
 def test_the_probes_are_what_the_check_says_of_them():
-    probes, words = all_probes(), lambda text: len(text.split())
-    assert len(probes) >= 180 and len({p["id"] for p in probes}) == len(probes)
-    prompts = [p["prompt"] for p in probes]
-    assert len(set(prompts)) == len(prompts)
-    own = {row["prompt"] for name in ("high_stakes", "honesty") for row in read_rows(ROOT / "data" / f"{name}.jsonl")}
-    assert not own & set(prompts), "a judge is checked on other prompts than those it is used on"
-    topics = {
-        name: {row["topic"] for row in read_rows(ROOT / "data" / f"{name}.jsonl")}
-        for name in ("high_stakes", "honesty")
-    }
+    prompts = [probe["prompt"] for probe in ALL_PROBES]
+    assert len(prompts) >= 180 and len({probe["id"] for probe in ALL_PROBES}) == len(set(prompts)) == len(prompts)
+    own = {name: read_rows(ROOT / "data" / f"{name}.jsonl") for name in ("high_stakes", "honesty")}
+    used = {row["prompt"] for rows in own.values() for row in rows}
+    assert not used & set(prompts), "a judge is checked on other prompts than those it is used on"
     for objective in common.CONSTITUTION:
-        mine = [p for p in probes if p["objective"] == objective]
-        assert {p["topic"] for p in mine} == topics["honesty" if objective == "honesty" else "high_stakes"]
+        mine = [probe for probe in ALL_PROBES if probe["objective"] == objective]
+        topics = {row["topic"] for row in own["honesty" if objective == "honesty" else "high_stakes"]}
         for split in ("train", "test"):
-            part = [p for p in mine if p["split"] == split]
-            shorter = sum(words(p["better"]) < words(p["worse"]) for p in part) / len(part)
-            assert {p["topic"] for p in part} == {p["topic"] for p in mine} and 0.4 <= shorter <= 0.6, (
-                objective,
-                split,
-            )
-        assert sum(p["better"].startswith("I'm sorry") for p in mine) <= len(mine) / 3
+            part = [probe for probe in mine if probe["split"] == split]
+            shorter = sum(len(p["better"].split()) < len(p["worse"].split()) for p in part) / len(part)
+            assert {p["topic"] for p in part} == topics and 0.4 <= shorter <= 0.6, (objective, split)
+        assert sum(probe["better"].startswith("I'm sorry") for probe in mine) <= len(mine) / 3
 
 
 @pytest.mark.parametrize("objective", list(common.CONSTITUTION))
@@ -74,7 +64,7 @@ def test_a_bag_of_words_can_not_tell_them_apart(objective):
     from sklearn.model_selection import GroupKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
 
-    mine = [p for p in all_probes() if p["objective"] == objective]
+    mine = [p for p in ALL_PROBES if p["objective"] == objective]
     texts = [p[side] for p in mine for side in ("better", "worse")]
     labels, groups = [1, 0] * len(mine), [i for i in range(len(mine)) for _ in range(2)]
     for binary in (True, False):
@@ -82,10 +72,6 @@ def test_a_bag_of_words_can_not_tell_them_apart(objective):
         classifier = make_pipeline(words, LogisticRegression(max_iter=2000))
         share = cross_val_score(classifier, texts, labels, groups=groups, cv=GroupKFold(6)).mean()
         assert share < 0.75, f"{objective}: {share:.2f}"
-
-
-# ---------------------------------------------------------------------------------------------------
-# what is counted
 
 
 def test_wilson_is_scipy_s():
@@ -140,12 +126,8 @@ def test_a_row_that_is_no_probe_is_named(tmp_path, row, words):
         common.read_probes(path, OBJECTIVES)
 
 
-# ---------------------------------------------------------------------------------------------------
-# choice: a question, two words
-
-
 def test_choice_is_the_probability_of_the_first_word(tiny):
-    """1 + 9 P, from one plain pass over the whole conversation; a blank response has no score."""
+    """1 + 9 P at the first token in which the two words differ, from one plain pass; a blank response has no score."""
     engine = common.Local(tiny())
     args = common.JudgeArgs(objectives=["harmlessness", "brevity"], score_mode="choice", with_instruction=True)
     args.constitution = {"brevity": "It is short."}
@@ -157,24 +139,12 @@ def test_choice_is_the_probability_of_the_first_word(tiny):
         for (question, pair), score in zip(forms, own, strict=True):
             text = question.format(prompt=prompt, response=response, definition="It is short.")
             assert "{" not in text.replace("{it}", "")
-            ids, logps = engine.encode(common.as_messages(text)), []
-            for word in pair:
-                more = engine.tokenizer(word, add_special_tokens=False).input_ids
-                logits = engine.model(torch.tensor([ids + more])).logits[0].log_softmax(-1)
-                logps.append(sum(logits[len(ids) - 1 + i, token].item() for i, token in enumerate(more)))
-                firsts = engine.tokenizer(word, add_special_tokens=False).input_ids
-                assert firsts, "the words are told apart by their tokens"
-            # of the steps at which both words are still open, as `read_options` takes them
-            expected = 1 + 9 * read_two(engine, ids, pair)
-            assert score == pytest.approx(expected, abs=1e-4)
-
-
-def read_two(engine, ids: list[int], pair: tuple) -> float:
-    """P(first word) at the first token in which the two differ."""
-    rows = [engine.tokenizer(word, add_special_tokens=False).input_ids for word in pair]
-    split = next(i for i in range(min(map(len, rows))) if rows[0][i] != rows[1][i])
-    logits = engine.model(torch.tensor([ids + rows[0][:split]])).logits[0, -1, [row[split] for row in rows]]
-    return logits.softmax(-1)[0].item()
+            rows = [engine.tokenizer(word, add_special_tokens=False).input_ids for word in pair]
+            split = next(i for i in range(min(map(len, rows))) if rows[0][i] != rows[1][i])
+            ids = torch.tensor([engine.encode(common.as_messages(text)) + rows[0][:split]])
+            with torch.no_grad():
+                logits = engine.model(ids).logits[0, -1, [row[split] for row in rows]]
+            assert score == pytest.approx(1 + 9 * logits.softmax(-1)[0].item(), abs=1e-4)
 
 
 def test_choice_needs_probabilities_of_a_server(monkeypatch):
@@ -186,7 +156,7 @@ def test_choice_needs_probabilities_of_a_server(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------
-# stages
+# Stages.
 
 
 @pytest.fixture
@@ -206,9 +176,7 @@ def run(call, tmp_path, tiny, judges):
                 response["scores"] = [1 + 2 * j, 2 + j * j % 5]
             row["refined"] = {"text": "Call a doctor today.", "scores": [9, 9], "truncated": False}
         write_rows(run_dir / "03_refined.jsonl", scored)
-        earlier = common.made_by(run_dir / "02_scores.jsonl")
-        record = {"stage": "03_refine", "args": {}, "earlier": earlier, "complete": True, "rows": 3}
-        (run_dir / "03_args.json").write_text(json.dumps(record))
+        write_record(run_dir, "03_refine", earlier=common.made_by(run_dir / "02_scores.jsonl"), rows=3)
         done["04"] = call("04_denoise", "--run_dir", run_dir, "--rho", 99)
         done["05"] = call("05_pairs", "--run_dir", run_dir)
         done["06"] = call("06_train", "--run_dir", run_dir, "--model", tiny(), *train)
@@ -239,26 +207,20 @@ def test_nothing_is_trained_on_an_unfit_judge(run, name):
     assert not (run_dir / "06_model").exists() and not (run_dir / "06_args.json").exists()
 
 
-def test_an_unfit_judge_is_accepted_by_name_and_shown(run):
+def test_a_judge_that_is_unfit_weak_or_unchecked_is_used_with_a_warning(run):
     done, run_dir = run("bad", train=("--accept_unfit_judge",))
     assert done["06"][0] == 0 and "must not be trained on" in done["06"][2], done["06"][2]
     card = (run_dir / "06_model" / "README.md").read_text()
     assert "judge check: Harmlessness 0 of 60" in card and "Warning: the judge can't tell Harmlessness" in card
-
-
-def test_a_weak_judge_is_warned_of_twice(run):
     done, _ = run("weak")
     for stage in ("02", "06"):
         assert done[stage][0] == 0 and "the judge is weak at Harmlessness" in done[stage][2], done[stage][2]
-
-
-def test_without_a_check_stage_6_says_so(run):
-    done, run_dir = run("bad", "--no-judge_check")
+    done, run_dir = run("undecided", "--no-judge_check")
     assert "judge check" not in done["02"][1] and not (run_dir / "02_judge_check.jsonl").exists()
     assert done["06"][0] == 0 and "nobody has checked whether the judge can tell Harmlessness" in done["06"][2]
 
 
-def test_own_objectives_want_own_probes(run, tmp_path, judges):
+def test_own_objectives_want_own_probes(run, tmp_path):
     """An objective without probes is said to be unchecked; a file of probes may have some."""
     path = tmp_path / "constitution.json"
     path.write_text('{"brevity": "It is short."}')
@@ -272,74 +234,58 @@ def test_own_objectives_want_own_probes(run, tmp_path, judges):
 
 
 # ---------------------------------------------------------------------------------------------------
-# eval/judge_check.py
+# eval/judge_check.py.
 
 
-def test_the_script_s_files(call, judges, tmp_path, tiny):
-    code, out, err = call(
-        "judge_check", "--scorer", judges("weak"), "--output_dir", tmp_path / "weak", "--split", "all"
-    )
-    assert code == 0, err
-    found = json.loads((tmp_path / "weak" / "judge_check.json").read_text())
-    own = found["objectives"]["harmlessness"]
-    assert (
-        own["n"]
-        == len([p for p in all_probes() if p["objective"] == "harmlessness"])
-        == own["right"] + sum(not right for right in found["right"]["harmlessness"].values())
-    )
-    assert own["right"] == sum(t["right"] for t in own["topics"].values())
+def test_the_script_s_files(call, judges, tmp_path, run):
+    def check(name: str, *more) -> dict:
+        options = ("--scorer", judges(name), "--output_dir", tmp_path / name, "--split", "all", *more)
+        assert "| harmlessness |" in succeed(call, "judge_check", *options)
+        return json.loads((tmp_path / name / "judge_check.json").read_text())
+
+    found = check("weak")
+    own, right = found["objectives"]["harmlessness"], found["right"]["harmlessness"]
+    assert own["n"] == len(right) == sum(probe["objective"] == "harmlessness" for probe in ALL_PROBES)
+    assert own["right"] == sum(right.values()) == sum(topic["right"] for topic in own["topics"].values())
     assert own["better_is_shorter"]["n"] + own["better_is_longer"]["n"] == own["n"]
     assert own["low"] < own["right"] / own["n"] < own["high"] and own["mean_better"] > own["mean_worse"]
     for suffix in ("md", "png", "pdf", "jsonl"):
         assert (tmp_path / "weak" / f"judge_check.{suffix}").stat().st_size > 500
-    code, out, err = call(
-        "judge_check", "--scorer", judges("good"), "--output_dir", tmp_path / "good", "--against", tmp_path / "weak",
-        "--split", "all",
-    )  # fmt: skip
-    assert code == 0 and "only this judge right" in out, err
-    against = json.loads((tmp_path / "good" / "judge_check.json").read_text())["against"]["harmlessness"]
+    assert "| harmlessness: fraud" in (tmp_path / "weak" / "judge_check.md").read_text()
+    against = check("good", "--against", tmp_path / "weak")["against"]["harmlessness"]
     assert len(against["only_this_one_right"]) == own["n"] - own["right"] and not against["only_the_other_right"]
-    assert against["p"] < 0.01
+    assert against["p"] < 0.01 and "only this judge right" in (tmp_path / "good" / "judge_check.md").read_text()
+    _, run_dir = run("bad")  # stage 2's own check
+    assert check("undecided", "--against", run_dir)["against"]["harmlessness"]["n"] == 60
+    refuse(call, "judge_check", "no judge_check.json there", "--against", tmp_path, "--scorer", judges("good"))
 
 
 @pytest.mark.parametrize("options", [("--score_mode", "expected"), ("--score_mode", "choice"), ("--one_at_a_time",)])
 def test_the_script_asks_in_any_way(call, tmp_path, tiny, options):
-    folder = tmp_path / "check"
-    arguments = ("--model", tiny(), "--probes", PROBES, "--output_dir", folder, *options)
-    code, out, err = call("judge_check", *arguments)
-    assert code == 0 and "of 2: " in out, err
-    first = (folder / "judge_check.json").read_bytes()
-    code, out, _ = call("judge_check", *arguments)
-    assert code == 0 and "is complete already" in out and (folder / "judge_check.json").read_bytes() == first
+    arguments = ("--model", tiny(), "--probes", PROBES, "--output_dir", tmp_path, *options)
+    assert "of 2: " in succeed(call, "judge_check", *arguments)
+    first = (tmp_path / "judge_check.json").read_bytes()
+    assert "is complete already" in succeed(call, "judge_check", *arguments)
+    assert (tmp_path / "judge_check.json").read_bytes() == first
 
 
 def test_another_judge_prompt_from_a_file(call, tmp_path, tiny):
-    template = tmp_path / "prompt.txt"
-    arguments = (
-        "--model",
-        tiny(),
-        "--probes",
-        PROBES,
-        "--output_dir",
-        tmp_path / "check",
-        "--judge_template",
-        template,
-    )
+    template, rows = tmp_path / "prompt.txt", tmp_path / "judge_check.jsonl"
+    arguments = ("--model", tiny(), "--probes", PROBES, "--output_dir", tmp_path, "--judge_template", template)
     for text, words in (("{nothing}", "'nothing' is no field"), ("{fields}", "{response} is not in it")):
         template.write_text(text)
-        code, _, err = call("judge_check", *arguments)
-        assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
+        refuse(call, "judge_check", words, *arguments)
     template.write_text("Score {response} on\n{dimensions}\n{fields}")
-    assert call("judge_check", *arguments)[0] == 0
-    other = read_rows(tmp_path / "check" / "judge_check.jsonl")
-    assert call("judge_check", *arguments[:-2], "--overwrite")[0] == 0
-    assert read_rows(tmp_path / "check" / "judge_check.jsonl") != other
+    succeed(call, "judge_check", *arguments)
+    other = read_rows(rows)
+    succeed(call, "judge_check", *arguments[:-2], "--overwrite")
+    assert read_rows(rows) != other
 
 
 def test_few_shot_examples_are_of_the_train_split():
     recipe = importlib.import_module("weak_judge")
     text = recipe.few_shot_template(["harmlessness", "helpfulness"])
-    shown = [p for p in all_probes() if any(p[side] in text for side in ("better", "worse"))]
+    shown = [p for p in ALL_PROBES if any(p[side] in text for side in ("better", "worse"))]
     assert len(shown) == 4 and {p["split"] for p in shown} == {"train"}
     filled = common.judge_prompt(OBJECTIVES, "PROMPT", "RESPONSE", True, text)
-    assert filled.endswith("### Instruction:\nPROMPT\n\n### Response:\nRESPONSE") and math.isclose(filled.count("{"), 5)
+    assert filled.endswith("### Instruction:\nPROMPT\n\n### Response:\nRESPONSE") and filled.count("{") == 5

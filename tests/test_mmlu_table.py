@@ -1,11 +1,11 @@
 """eval/mmlu_table.py: lm_eval's samples, paired differences, and what is refused."""
 
-import csv
 import json
 
 import mmlu_table
 import pytest
 from conftest import write_rows
+from eval_helpers import csv_rows, refuse, succeed
 
 TASKS = {"mmlu_anatomy": 4, "mmlu_virology": 2}
 
@@ -26,10 +26,8 @@ def test_accuracies_and_paired_differences_by_hand(call, tmp_path):
     base = samples(tmp_path / "base", {"mmlu_anatomy": [1, 0, 0, 1], "mmlu_virology": [0, 0]})
     spa = samples(tmp_path / "spa", {"mmlu_anatomy": [1, 1, 0, 1], "mmlu_virology": [1, 0]})
     samples(tmp_path / "spa", {"mmlu_virology": [0, 0]}, date="2026-11-24T00-00-00.000001")  # an older run
-    code, out, err = call("mmlu_table", "--runs", f"V={base}", f"S={spa}", "--output_dir", tmp_path / "out")
-    assert code == 0 and not err, err
-    with open(tmp_path / "out" / "mmlu.csv", encoding="utf-8", newline="") as file:
-        rows = {(row["model"], row["task"]): row for row in csv.DictReader(file)}
+    out = succeed(call, "mmlu_table", "--runs", f"V={base}", f"S={spa}", "--output_dir", tmp_path / "out")
+    rows = csv_rows(tmp_path / "out" / "mmlu.csv", "model", "task")
     value = lambda model, task, name="accuracy": float(rows[model, task][name])  # noqa: E731
     assert value("V", "mmlu_anatomy") == 0.5 and value("S", "mmlu_virology") == 0.5
     assert value("V", mmlu_table.MICRO) == pytest.approx(2 / 6) and value("V", mmlu_table.MACRO) == 0.25
@@ -43,8 +41,8 @@ def test_accuracies_and_paired_differences_by_hand(call, tmp_path):
     errors = (0.75 * 0.25 / 4 + 0.25 / 2) ** 0.5 / 2
     assert value("S", mmlu_table.MACRO, "standard_error") == pytest.approx(errors)
     assert "| V " in out and "33.3 ± 19.2" in out and "+33.3 [" in out and "minus V" in out
-    code, out, _ = call("mmlu_table", "--runs", base, "--output_dir", tmp_path / "out")
-    assert code == 0 and "minus" not in out, "one model has no difference"
+    out = succeed(call, "mmlu_table", "--runs", base, "--output_dir", tmp_path / "out")
+    assert "minus" not in out, "one model has no difference"
 
 
 def test_what_is_refused_is_one_line(call, tmp_path):
@@ -64,10 +62,8 @@ def test_what_is_refused_is_one_line(call, tmp_path):
         ([base, samples(tmp_path / "shots", right, prompt="q")], "other questions or in other prompts"),
         ([base, "--metric", "exact_match"], "no number 'exact_match'"),
     ]
+    for runs, said in cases:
+        refuse(call, "mmlu_table", said, *(["--runs", *runs] if runs else []), "--output_dir", tmp_path)
     for text, said in (("{", "line 1: broken JSON"), (json.dumps({"acc": 1}), "line 1: not a row of lm_eval's")):
         file.write_text(text)
-        code, _, err = call("mmlu_table", "--runs", bad, "--output_dir", tmp_path / "out")
-        assert code == 2 and said in err and len(err.splitlines()) == 1, (said, err)
-    for runs, said in cases:
-        code, _, err = call("mmlu_table", *(["--runs", *runs] if runs else []), "--output_dir", tmp_path / "out")
-        assert code == 2 and said in err and len(err.splitlines()) == 1, (said, err)
+        refuse(call, "mmlu_table", said, "--runs", bad, "--output_dir", tmp_path)

@@ -8,10 +8,12 @@ import types
 from html.parser import HTMLParser
 from pathlib import Path
 
+import eval_helpers
 import numpy as np
 import pytest
 import report
 from conftest import run_script, scored_row, write_rows
+from eval_helpers import refuse
 from matplotlib.figure import Figure
 
 import common
@@ -37,9 +39,8 @@ def write_record(folder: Path, stage: str, complete: bool = True, checked: dict 
     arguments = {"model": "tiny-model"} | arguments
     if stage in ("02_score", "03_refine"):
         arguments = {"objectives": OBJECTIVES, "constitution": WORDS} | arguments
-    record = {"stage": stage, "args": arguments, "inputs": {}, "earlier": {}, "versions": {"numpy": "9.9"}}
-    record |= {"complete": complete} | ({"checked": checked} if checked else {})
-    (folder / f"{stage[:2]}_args.json").write_text(json.dumps(record), encoding="utf-8")
+    more = {"versions": {"numpy": "9.9"}} | ({"checked": checked} if checked else {})
+    eval_helpers.write_record(folder, stage, complete, args=arguments, **more)
 
 
 def without(row: dict, *keys: str) -> dict:
@@ -64,14 +65,14 @@ def run_stage(stage: str, folder: Path, **options) -> None:
 def make_run(folder: Path, rows: list[dict] | None = None, upto: int = 6) -> Path:
     """The files of a run up to a stage; 04 and 05 make theirs themselves."""
     rows = rows or [scored_row(id, *scores) for id, scores in PROMPTS.items()]
-    write_rows(folder / "01_samples.jsonl", [without(row, "scores", "refined") for row in rows])
-    write_record(folder, "01_sample", n=3, temperature=1.0)
-    if upto >= 2:
-        write_rows(folder / "02_scores.jsonl", [without(row, "refined") for row in rows])
-        write_record(folder, "02_score", score_mode="constrained")
-    if upto >= 3:
-        write_rows(folder / "03_refined.jsonl", rows)
-        write_record(folder, "03_refine", attempts=4)
+    for stage, file, left_out, arguments in (
+        ("01_sample", "01_samples.jsonl", ("scores", "refined"), {"n": 3, "temperature": 1.0}),
+        ("02_score", "02_scores.jsonl", ("refined",), {"score_mode": "constrained"}),
+        ("03_refine", "03_refined.jsonl", (), {"attempts": 4}),
+    ):
+        if upto >= int(stage[:2]):
+            write_rows(folder / file, [without(row, *left_out) for row in rows])
+            write_record(folder, stage, **arguments)
     if upto >= 4:
         run_stage("04_denoise", folder)
     if upto >= 5:
@@ -170,6 +171,11 @@ def test_funnel(page):
         "training steps (06)": ["4", ""],
     }
     assert "18 answers to 6 prompts, 17 of them scored." in page.sections["funnel"]
+    key = page.cells("Means with")
+    assert key["prompts kept"] == ["2 (33.3 %)"] and key["pairs"] == ["12"] and key["steps"] == ["4"]
+    assert key["mean Helpfulness, refined"] == [exact_interval([9, 10, 6, 9, 8])] and key["mean gap"] == ["4.417"]
+    assert key["loss, before → after"] == ["2.5 → 1.25 (-1.25)"] and key["training loss"] == ["spa"]
+    assert key["ties among a prompt's answers"] == ["18.8 %"] and key["model"] == ["tiny-model"]
     meters = [attributes["width"] for attributes in page.all("rect") if "x" not in attributes]
     assert meters == ["100", "100", "83.33", *["16.67"] * 4, "33.33", "33.33"]
 
@@ -287,8 +293,8 @@ def test_det_without_stage_4_and_with_its_options(tmp_path):
 def test_bins_hold_every_value(values):
     edges, labels = report.bins_of(values)
     assert len(labels) == len(edges) - 1 <= 22 and np.all(np.diff(edges) > 0)
-    _, counts = report.bars(types.SimpleNamespace(name="r"), "t", "x", {"n": values}, "pairs")
-    assert sum(n for _, n in counts["rows"]) == len(values)
+    figure = report.bars(types.SimpleNamespace(name="r"), "t", "x", {"n": values}, "pairs")
+    assert sum(n for _, n in figure["counts"]) == len(values)
 
 
 def test_pairs_and_weights(page):
@@ -354,13 +360,6 @@ def test_prompts_in_full(page):
     assert "Pairs of b" not in page.tables and shown.count("No pair.") == 4
 
 
-def test_key_numbers(page):
-    key = page.cells("Means with")
-    assert key["prompts kept"] == ["2 (33.3 %)"] and key["pairs"] == ["12"] and key["steps"] == ["4"]
-    assert key["mean Helpfulness, refined"] == [exact_interval([9, 10, 6, 9, 8])]
-    assert key["loss, before → after"] == ["2.5 → 1.25 (-1.25)"] and key["training loss"] == ["spa"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs that stopped, several runs, options.
 
@@ -400,8 +399,8 @@ def test_trainings_of_one_run_side_by_side(tmp_path):
     folder = make_run(tmp_path / "r")
     rows = [{name: 9.0 if name == "train/loss" else value for name, value in row.items()} for row in metrics_rows()]
     write_rows(folder / "06_a_metrics.jsonl", rows[:3])
-    record = {"stage": "06_train", "args": {"loss": "simpo", "alpha": 3.0, "beta": 7.0}, "complete": True}
-    (folder / "06_a_args.json").write_text(json.dumps(record), encoding="utf-8")
+    record = {"loss": "simpo", "alpha": 3.0, "beta": 7.0}
+    (folder / "06_a_args.json").write_text(json.dumps({"stage": "06_train", "args": record, "complete": True}))
     rows = [{name.replace("train/", "eval/"): value for name, value in row.items()} for row in metrics_rows()]
     write_rows(folder / "06_sft_metrics.jsonl", [row for row in rows if "rewards/margins" not in row])
     page = page_of(folder)
@@ -526,21 +525,19 @@ def test_answers_after_training(tmp_path, whole):
 )
 def test_bad_input_is_one_line(tmp_path, call, whole, change, words):
     change(Path(shutil.copytree(whole, tmp_path / "r")))
-    code, _, errors = call("report", "--run_dir", tmp_path / "r", "--output", tmp_path / "x.html")
-    assert code == 2 and words in errors and len(errors.strip().splitlines()) == 1
+    refuse(call, "report", words, "--run_dir", tmp_path / "r", "--output", tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
 
 
 def test_bad_options_are_one_line(whole, tmp_path, call):
-    for options, words in (
-        (("--runs", f"A={whole}", f"A={whole}"), "'A' twice"),
-        (("--run_dir", whole, "--prompts", -1), "at least 0"),
-        (("--run_dir", whole, "--output", tmp_path), "is a folder"),
-        (("--run_dir", whole, "--ids", "a", "nobody"), "no prompt has the id 'nobody'"),
-        (("--run_dir", whole, "--test_runs", f"none={tmp_path}"), "02_scores.jsonl not found"),
+    for words, *options in (
+        ("'A' twice", "--runs", f"A={whole}", f"A={whole}"),
+        ("at least 0", "--run_dir", whole, "--prompts", -1),
+        ("is a folder", "--run_dir", whole, "--output", tmp_path),
+        ("no prompt has the id 'nobody'", "--run_dir", whole, "--ids", "a", "nobody"),
+        ("02_scores.jsonl not found", "--run_dir", whole, "--test_runs", f"none={tmp_path}"),
     ):
-        code, _, errors = call("report", *options)
-        assert code == 2 and words in errors and len(errors.strip().splitlines()) == 1
+        refuse(call, "report", words, *options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
