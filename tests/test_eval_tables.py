@@ -442,7 +442,7 @@ def test_agreement_of_two_judges_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["paraphrases", "sampled"])
-def test_reliability_succeed(call, tmp_path, tiny, how):
+def test_reliability_run(call, tmp_path, tiny, how):
     args = {"model": tiny(), "score_mode": "expected", "with_instruction": True, **HARMLESS}
     groups = [[[5, 5], [6, 4], [7, 7]], [[1, 1], [1, 1]], [[2, 9], [9, 1], [3, 3]]]
     folder = scored(tmp_path / "run", groups, **args)
