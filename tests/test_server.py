@@ -177,17 +177,17 @@ def test_a_real_server_chooses_words(real):
 
 
 def test_stages_on_a_real_server(llama, tmp_path, ok):
-    prompts = [{"id": f"p{i}", "prompt": f"Say something about {word}."} for i, word in enumerate("abcdef")]
+    prompts = [{"id": f"p{i}", "prompt": f"Say something about {word}."} for i, word in enumerate("abcdefghijkl")]
     first = ("--prompts", write_rows(tmp_path / "prompts.jsonl", prompts), "--n", 2, "--max_new_tokens", 12)
     place = ("--run_dir", tmp_path, "--endpoint", llama.url)
     ok("01_sample", *place, "--model", NAME, *first)
     out, _ = ok("02_score", *place, "--score_mode", "expected", "--judge_probes", PROBES)
-    assert re.search(r"\(null\) +0\n.*responses scored +12\n", out, re.DOTALL), out
+    assert re.search(r"\(null\) +0\n.*responses scored +24\n", out, re.DOTALL), out
     ok("03_refine", *place, "--template", "principles", "--max_new_tokens", 12)  # a shorter prompt than the paper's
     rows = read_rows(tmp_path / "03_refined.jsonl")
     scores = [r["scores"] for row in rows for r in [*row["responses"], row["refined"]]]
-    assert len(rows) == 6 and all(scores), "every score is read"
-    assert all(1 <= value <= 10 for pair in scores for value in pair) and len({str(pair) for pair in scores}) > 6
+    assert len(rows) == 12 and all(scores), "every score is read"
+    assert all(1 <= value <= 10 for pair in scores for value in pair) and len({str(pair) for pair in scores}) > 12
 
 
 # -- before the first row
