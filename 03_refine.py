@@ -50,6 +50,8 @@ ASK_AGAIN = "Please answer my message again, better, so that your answer is as g
 {principles}\nWrite only the new answer."
 PRINCIPLES = "Answer so that your answer is as good as it can be on these points, the first before the others:\n\
 {principles}"
+FORMS = ("paper", "conversation", "principles")
+NEXT_TURN = "\n---\n"  # in a file of turns, as recipes/prompts/self_criticism.txt: the critique, then the revision
 
 # What a model writes before its answer, and what it writes about the task instead of one.
 BETTER = r"(?:refined|improved|revised|better|new|final|enhanced|updated|safer|(?:more|most) \w+)"
@@ -73,7 +75,8 @@ ABOUT_THE_TASK = re.compile(
 
 @dataclass
 class Args(common.JudgeArgs):
-    template: str = arg("paper", "Figure 10, or a form for weak models (ours)", ("paper", "conversation", "principles"))
+    template: str = arg("paper", "paper: Figure 10; conversation, principles: for weak models; or a file of what is "
+        "said after the best response: turns, --- between them; the last answer counts (ours)")  # fmt: skip
     attempts: int = arg(1, "refinements per prompt; the best by (primary, secondary) stays (paper: 1, greedy)")
     temperature: float = arg(1.0, "of several attempts (ours); a single one is greedy")
     max_new_tokens: int = arg(2048, "longest refined response in tokens (paper, appendix A)")
@@ -85,9 +88,10 @@ def refine_messages(template: str, objectives, prompt, responses: list[dict]) ->
     principles = "\n".join(f"- {name}: {definition}" for name, definition in objectives)
     if template == "principles":
         return common.as_messages(prompt, PRINCIPLES.format(principles=principles))
-    if template == "conversation":
+    if template != "paper":
         best = {"role": "assistant", "content": best_attempt(responses)["text"]}
-        return [*common.as_messages(prompt), best, *common.as_messages(ASK_AGAIN.format(principles=principles))]
+        ask = ASK_AGAIN if template == "conversation" else template.partition(NEXT_TURN)[0]
+        return [*common.as_messages(prompt), best, *common.as_messages(ask.replace("{principles}", principles))]
     # a text that holds such a fence could close its own and forge scores: then the fence gets a name of its own
     texts = [common.plain_text(prompt), *(response["text"] for response in responses)]
     forged = any("<" in text and "response" in text.lower() for text in texts)
@@ -129,6 +133,10 @@ def main(args: Args) -> None:
     rows = list(common.read_rows(source, scored=True))
     check(rows, f"{source} has no rows")
     common.read_files(args)
+    if args.template not in FORMS:  # a file, whose content counts
+        check(Path(args.template).is_file(), f"--template {args.template}: no such file, nor one of {', '.join(FORMS)}")
+        args.template = "".join(line for _, line in common.read_lines(Path(args.template))).strip()
+    later = args.template.split(NEXT_TURN)[1:]
     made = common.made_by(source)
     # the judge must be that of stage 2, or its scores and these do not compare
     judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_template",
@@ -150,7 +158,8 @@ def main(args: Args) -> None:
         common.settle_score_mode(args, judge, record)
 
     # One conversation a prompt. What can't be refined keeps an empty, unscored ỹ: 04 drops it as unscored.
-    room, chats = engine.context - args.max_new_tokens, {}
+    longest = args.max_new_tokens + sum(args.max_new_tokens + len(turn.encode()) for turn in later)
+    room, chats = engine.context - longest, {}
     check(room > 0, f"--max_new_tokens {args.max_new_tokens} leaves no room in the model's {engine.context} tokens")
     dropped = {"no scored response": 0, "too long for the context": 0}
     for row in rows:
@@ -160,14 +169,20 @@ def main(args: Args) -> None:
             chats[row["id"]] = chat
         else:
             dropped["too long for the context" if scored else "no scored response"] += 1
-    settings = f"{args.template} template, {args.attempts} attempt(s), judged by {judge.title} ({args.score_mode})"
+    settings = f"{args.template.partition(chr(10))[0][:30]} template"
+    settings += f", {args.attempts} attempt(s), judged by {judge.title} ({args.score_mode})"
     common.announce("03 refine", engine.title, f"{len(chats)} prompts", settings)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature if args.attempts > 1 else 0.0}
 
     def refine(some: list[dict]) -> list[dict]:
         asked = [(row, j) for row in some if row["id"] in chats for j in range(args.attempts)]
         seeds = [common.derive_seed(args.seed, row["id"], j) for row, j in asked]
-        completions = engine.complete([chats[row["id"]] for row, _ in asked], seeds, **sampling)
+        talks = [chats[row["id"]] for row, _ in asked]
+        completions = engine.complete(talks, seeds, **sampling)
+        for turn in later:
+            answers = [{"role": "assistant", "content": one.text if one else ""} for one in completions]
+            talks = [[*talk, own, *common.as_messages(turn)] for talk, own in zip(talks, answers, strict=True)]
+            completions = engine.complete(talks, seeds, **sampling)
         texts = [clean_refined(one.text) if one else "" for one in completions]  # refused by a server: blank
         items = [(row["prompt"], text) for (row, _), text in zip(asked, texts, strict=True)]
         scores = common.judge(judge, items, args, seeds)  # None for what is blank
@@ -178,7 +193,7 @@ def main(args: Args) -> None:
         return [row | {"refined": best_attempt(attempts[row["id"]])} for row in some]
 
     asked_for = [chats.get(row["id"], []) for row in rows]
-    sizes = [(common.text_size(chat) + args.max_new_tokens, args.attempts * bool(chat)) for chat in asked_for]
+    sizes = [(common.text_size(chat) + longest, args.attempts * bool(chat)) for chat in asked_for]
     worker = judge if isinstance(judge, common.Local) else engine  # a local judge works in batches, a server in rows
     done = common.map_rows(refine, rows, sizes, record, output, worker, "03 refine")
     if done is None:  # the first of several processes reports

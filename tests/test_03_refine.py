@@ -219,6 +219,7 @@ def test_the_judge_is_that_of_stage_2(ok, tiny, tmp_path):
         (("--attempts", 0), "--attempts 0: at least 1"),
         (("--temperature", 0), "more than 0; --attempts 1 is greedy"),
         (("--max_new_tokens", 5000), "leaves no room"),
+        (("--template", "other"), "--template other: no such file, nor one of paper, conversation, principles"),
     ],
 )
 def test_bad_options_are_one_line(fails, tiny, tmp_path, options, words):
