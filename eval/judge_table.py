@@ -7,7 +7,8 @@ its paired difference to every other system lies above 0 with its whole interval
 chance is said below. Runs of other judges, ways of reading scores, judge prompts or definitions are refused.
 
     reads   run directories that 01_sample.py (--temperature 0 --n 1, test prompts) and 02_score.py have made,
-            one judge for all; NAME=DIR, or SET:NAME=DIR for several test sets; DIR+refined: refined answers
+            one judge for all; NAME=DIR, or SET:NAME=DIR for several test sets; DIR+refined: refined answers. A name
+            that stands several times is one system of several seeds: a prompt counts with its mean over them
     writes  OUTPUT_DIR/judge_table.md, .tex and .csv (all numbers, unrounded)
     run     python eval/judge_table.py --runs Vanilla=runs/x/test_base SPA=runs/x/test_trained
             python eval/judge_table.py --runs SafeRLHF:Vanilla=… SafeRLHF:SPA=… HoneSet:Vanilla=… HoneSet:SPA=…
@@ -53,10 +54,14 @@ def bold_by_chance(systems: int) -> float:
 
 def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> list[dict]:
     """A row per system and measure of one test set: mean, interval, paired difference to the first system."""
-    tables = [run.means() for run in runs]  # a row a prompt, a column an objective
-    for own in tables:
+
+    def means(run: shared.Run) -> pd.DataFrame:  # a row a prompt, a column an objective, and HH_λ
+        own = run.means()
         for weight in weights if own.shape[1] == 2 else ():
             own[f"HH{weight:g}"] = hh_score(own.iloc[:, 0], own.iloc[:, 1], weight)
+        return own
+
+    tables, by_seed = [means(run) for run in runs], [[means(one).mean() for one in run.seeds] for run in runs]
 
     def paired(i: int, j: int) -> pd.DataFrame:
         shared.shared_ids(runs[i], runs[j])  # an id is the same prompt in both
@@ -75,6 +80,7 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
             row = about | {"measure": name} | counts | shared.estimate(own[name], seed=seed)
             if compared:
                 row |= {"paired_prompts": len(gaps[0])} | shared.estimate(gaps[0][name], "difference", seed)
+            row["seeds"] = " ".join(f"{one[name]:.6g}" for one in by_seed[i])  # the mean of each
             above = [len(gap) > 1 and shared.bootstrap_interval(gap[name], seed=seed)[0] > 0 for gap in gaps]
             rows.append(row | {"best": bool(above) and all(above)})
     return rows
@@ -82,7 +88,7 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
 
 def main(args: Args) -> None:
     check(min(args.hh) > 0, f"--hh {min(args.hh):g}: numbers above 0 are wanted")
-    runs = shared.read_runs(args.runs, per_set=True, allow_differences=args.allow_differences)
+    runs = shared.read_runs(args.runs, per_set=True, allow_differences=args.allow_differences, seeds=True)
     rows, sets = [], []
     for test_set, systems in shared.by_test_set(runs).items():
         rows += (found := measure_runs(systems, list(args.hh), args.seed))
@@ -92,7 +98,10 @@ def main(args: Args) -> None:
     columns = [n for n in Counter((row["test_set"], row["measure"]) for row in rows).values() if n > 1]
     facts = {"columns": columns, "by_chance": sum(map(bold_by_chance, columns))}
     facts |= {"bold": sum(row["best"] for row in rows), "changes": sum("difference" in row for row in rows)}
-    facts |= {"judges": sorted({run.judge or "unknown" for run in runs}), "unlike": shared.differences(runs)}
+    facts |= {
+        "judges": sorted({run.judge or "unknown" for run in runs}),
+        "unlike": shared.differences([one for run in runs for one in run.seeds]),
+    }
     text, latex = (shared.render_page(f"judge_table.{kind}", sets=sets, **facts) for kind in ("md", "tex"))
     path = shared.write_table(args.output_dir, "judge_table", text, rows)
     shared.write_text(path.with_suffix(".tex"), latex)

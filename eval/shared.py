@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Run:
     rows: list[dict]
     made: dict[str, dict]  # {"01": the arguments of stage 1, …}
     record: dict  # of the stage that scored; {} for a file of one's own
+    seeds: tuple[Run, ...] = ()  # the runs of several seeds that `merge_seeds` has put together
 
     @property
     def args(self) -> dict:
@@ -131,17 +132,20 @@ def read_run(spec: str) -> Run:
     return Run(name or path.name + "+refined" * refined, test_set, source, rows, made, record)
 
 
-def read_runs(specs: list[str] | None, least=1, per_set=False, allow_differences: bool | None = None) -> list[Run]:
+def read_runs(
+    specs: list[str] | None, least: int = 1, per_set=False, allow_differences: bool | None = None, seeds=False
+) -> list[Run]:
     """All runs, at least `least`; UserError if a name stands twice on a test set or the objectives differ.
 
-    per_set: each test set may have objectives of its own. What keeps scores from comparing is a UserError, and with
-    `allow_differences` a warning; None, for scripts that compare no scores: definitions refused, the rest warned of.
+    per_set: each test set may have objectives of its own. seeds: runs of one name become one (`merge_seeds`).
+    What keeps scores from comparing is a UserError, and with `allow_differences` a warning; None, for scripts that
+    compare no scores: definitions refused, the rest warned of.
     """
     check(len(specs or []) >= least, f"--runs: at least {least} wanted; {RUN_HELP}")
     runs = [read_run(spec) for spec in specs]
     seen = [(run.test_set, run.name) for run in runs]
     twice = next((run.name for run in runs if seen.count((run.test_set, run.name)) > 1), None)
-    check(twice is None, f"--runs: '{twice}' twice on one test set; give each a NAME=DIR of its own")
+    check(seeds or twice is None, f"--runs: '{twice}' twice on one test set; give each a NAME=DIR of its own")
     for group in by_test_set(runs).values() if per_set else [runs]:
         for run in group:
             differ = f"{run.path} was scored on {run.objectives}, {group[0].path} on {group[0].objectives}"
@@ -154,7 +158,26 @@ def read_runs(specs: list[str] | None, least=1, per_set=False, allow_differences
         check(not other, f"{other}: score them alike")
     for text in found:
         common.warn(f"{text}: their scores may not compare")
-    return runs
+    return merge_seeds(runs) if seeds else runs
+
+
+def merge_seeds(runs: list[Run]) -> list[Run]:
+    """Runs of one name on one test set, as of several seeds, become one: each prompt has the responses of all."""
+    groups, merged = {}, []
+    for run in runs:
+        groups.setdefault((run.test_set, run.name), []).append(run)
+    for (_, name), seeds in groups.items():
+        check(
+            len({run.path for run in seeds}) == len(seeds), f"--runs: '{name}' twice on one test set, from one folder"
+        )
+        rows: dict[str, dict] = {}
+        for run in seeds:
+            shared_ids(seeds[0], run)  # refuses an id that has two prompts
+            for row in run.rows:
+                before = rows.get(row["id"], {"responses": []})
+                rows[row["id"]] = row | {"responses": before["responses"] + row["responses"]}
+        merged.append(replace(seeds[0], rows=list(rows.values()), seeds=tuple(seeds)))
+    return merged
 
 
 def differences(runs: list[Run]) -> list[str]:
