@@ -187,7 +187,7 @@ def test_the_evaluation_s_calls(calls, tmp_path):
     assert done.returncode == 0, done.stderr
     assert arguments_of(made)[0][1].run_dir == f"{run}/eval/judged"
     scripts = [call for call in made if len(call) > 1 and call[1].startswith("eval/")]
-    there = {path.name for path in (ROOT / "eval").glob("*.py")} - {"shared.py", "world.py"}
+    there = {path.name for path in (ROOT / "eval").glob("*.py")} - {"shared.py", "soup.py", "world.py"}
     assert {Path(call[1]).name for call in scripts} == there, "every script of eval/ runs"
     models = [call[call.index("--model_args") + 1] for call in made if call[1:3] == ["-m", "lm_eval"]]
     assert models == [f"pretrained={name},dtype=float32" for name in ("models/smollm2-135m", f"{run}/06_model")]
