@@ -170,6 +170,28 @@ def test_one_refinement_is_greedy_and_the_rest_stays_unscored(stage):
         assert [one["text"] for one in other[:3]] != [one["text"] for one in refined[:3]]
 
 
+def test_a_file_of_turns_is_said_one_after_the_other(stage, monkeypatch, tmp_path):
+    """Self-Criticism: the critique is a text of its own, and the last answer is the refined one."""
+    said, file = [], tmp_path / "turns.txt"
+    file.write_text("Criticise it:\n{principles}\n---\nNow better.\n")
+    complete = common.Local.complete
+
+    def listen(self, chats, *rest, **options):
+        said.append((chats, complete(self, chats, *rest, **options)))
+        return said[-1][1]
+
+    monkeypatch.setattr(common.Local, "complete", listen)
+    code, out, err, refined = stage("--template", file)
+    assert code == 0 and ", Criticise it: template, 1 attempt(s)" in out, err
+    (first, critiques), (second, revisions) = said
+    assert [message["role"] for message in first[0]] == ["user", "assistant", "user"]
+    assert first[0][1]["content"].startswith("No ") and "- Harmlessness: " in first[0][2]["content"]
+    for before, critique, after in zip(first, critiques, second, strict=True):
+        own = {"role": "assistant", "content": critique.text}
+        assert after == [*before, own, {"role": "user", "content": "Now better."}]
+    assert sorted(one["text"] for one in refined[:3]) == sorted(one.text.strip() for one in revisions)
+
+
 def test_attempts_are_drawn_and_the_best_is_kept(stage, monkeypatch):
     judged, judge = [], common.judge
     monkeypatch.setattr(common, "judge", lambda *a: judged.append(judge(*a)) or judged[-1])
