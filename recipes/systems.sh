@@ -65,8 +65,9 @@ if [ -z "$JUDGE" ]; then
 fi
 
 data() { # data NAME: the prompts of a set, how many are trained on, its objectives in order of priority
-  SET=$1 DATA=${1##*/} COUNT=$PROMPTS GOALS=${OBJECTIVES:-harmlessness helpfulness} SYSTEM_PROB=0
-  DATA=${DATA%.*} FOLDER=$OUT/${DATA%.*}
+  SET=$1 COUNT=$PROMPTS GOALS=${OBJECTIVES:-harmlessness helpfulness} SYSTEM_PROB=0
+  DATA=${1##*/} DATA=${DATA%.*}
+  FOLDER=$OUT/$DATA
   case $1 in
     saferlhf | wildguard) SOURCE=$1 ;;
     honeset) SOURCE=honeset:$HONESET ;;

@@ -21,9 +21,10 @@ if [ -n "${MTBENCH:-}" ]; then
 fi
 if [ "${MMLU:-yes}" != no ]; then
   for ONE in "${MODELS[@]}"; do
-    ANSWERS+=("${ONE%%=*}=$RESULTS/lm_eval/${ONE%%=*}")
-    [ -e "$RESULTS/lm_eval/${ONE%%=*}" ] || python -m lm_eval run --model hf --model_args "pretrained=${ONE#*=}" \
-      --tasks mmlu --num_fewshot 5 $MMLU_OPTIONS --log_samples --output_path "$RESULTS/lm_eval/${ONE%%=*}"
+    FOLDER=$RESULTS/lm_eval/${ONE%%=*}
+    ANSWERS+=("${ONE%%=*}=$FOLDER")
+    [ -e "$FOLDER" ] || python -m lm_eval run --model hf --model_args "pretrained=${ONE#*=},dtype=float32" --tasks mmlu \
+      --num_fewshot 5 $MMLU_OPTIONS --log_samples --output_path "$FOLDER"
   done
   python eval/mmlu_table.py --runs "${ANSWERS[@]}" --output_dir "$RESULTS"
 fi

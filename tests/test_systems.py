@@ -149,7 +149,7 @@ def recipe(tiny, tmp_path_factory):
 
     def execute(name: str, **settings) -> str:
         execute.started = []
-        done = bash(ROOT / "recipes" / f"{name}.sh", env=env | settings)
+        done = bash(ROOT / "recipes" / f"{name}.sh", env=env | settings, timeout=3000)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout
 
