@@ -500,7 +500,7 @@ def prepare(accelerator, model, args: Args):
         return create_selective_checkpoint_contexts(keep)
 
     # On a CPU the cheap parts of each layer (norms, activations) are computed again in the backward pass, at a few
-    # percent of the time: of 3.5 to 4.3 GiB that a run took, this saved 0.4 to 0.5. It would double a tiny model's time.
+    # percent of the time: of 3.5 to 4.3 GiB that a run took, this saved 0.4 to 0.5. A tiny model's time would double.
     spare = accelerator.device.type == "cpu" and model.num_parameters() >= TINY
     if args.gradient_checkpointing or spare:
         newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later transformers

@@ -116,6 +116,7 @@ def test_judge_table(call, tmp_path):
     assert rows["Vanilla", "HH5"]["difference"] == "", "what is not defined is an empty cell"
     tex = (tmp_path / "judge_table.tex").read_text()
     assert r"S\_A & 5 & 0 & \textbf{9.00 [" in tex and tex.count(r"\toprule") == 2 and r"S\_A $-$ Vanilla & 4" in tex
+    assert "S_A against Vanilla: objective 1 better, objective 2 not to be told apart.\n" in out
     text = (tmp_path / "judge_table.md").read_text()
     assert text.strip() in out and "10 cells are compared in 5 columns, 4 of them bold; about 0.25 would" in text
 
@@ -125,15 +126,15 @@ def test_seeds_of_a_system_are_one_row(call, tmp_path):
     base = scored(tmp_path / "base", [[[5, 4]], [[7, 4]]])
     seeds = [scored(tmp_path / "s0", [[[9, 4]], [[7, 2]]]), scored(tmp_path / "s1", [[[5, 2]], [None]])]
     specs = [f"Set:Vanilla={base}", *(f"Set:SPA={seed}" for seed in seeds)]
-    out = run(call, "judge_table", "--runs", *specs, "--output_dir", tmp_path / "eval")
+    out = succeed(call, "judge_table", "--runs", *specs, "--output_dir", tmp_path / "eval")
     lines = table_lines(out)
     assert lines["SPA"][:2] == ["2", "1"] and lines["SPA"][2].startswith("7.00 [")
     assert lines["SPA − Vanilla"][1].startswith("1.00 ["), "(7 − 5 + 7 − 7) / 2"
-    assert "(the intervals are over prompts alone): Set SPA objective 1 8.00, 5.00; Set SPA objective 2 3.00, 2" in out
+    assert "seeds of Set SPA (the intervals are over prompts alone): objective 1 8 5, objective 2 3 2" in out
     rows = {(r["system"], r["measure"]): r["seeds"] for r in csv_rows(tmp_path / "eval" / "judge_table.csv")}
     assert (rows["SPA", "objective 1"], rows["Vanilla", "objective 1"]) == ("8 5", "6")
-    code, _, err = call("judge_table", "--runs", f"Vanilla={base}", f"SPA={seeds[0]}", f"SPA={seeds[0]}")
-    assert code == 2 and "'SPA' twice on one test set, from one folder" in err
+    twice = ("--runs", f"Vanilla={base}", f"SPA={seeds[0]}", f"SPA={seeds[0]}")
+    refuse(call, "judge_table", "'SPA' twice on one test set, from one folder", *twice)
 
 
 def test_how_many_cells_are_bold_by_chance():
