@@ -126,7 +126,9 @@ def test_what_is_imported_is_pinned_and_what_is_pinned_is_used():
     # called by name, not imported: the formatter, the tests, the reader of the small model's file
     everything = "\n".join(texts().values())
     for name in set(pinned) - used:
-        assert name in ("ruff", "gguf", "pytest", "pytest-xdist") and name in everything, f"{name} is pinned and not used"
+        assert name in ("ruff", "gguf", "pytest", "pytest-xdist") and name in everything, (
+            f"{name} is pinned and not used"
+        )
     assert len(used) > 10
 
 
