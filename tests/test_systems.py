@@ -164,7 +164,7 @@ def test_table1_at_a_tiny_scale(recipe):
     table = pd.read_csv(recipe.out / "judged" / "table1" / "judge_table.csv", dtype={"seeds": str})
     assert list(table["system"].unique()) == ["Vanilla", "SFT", "SPA_DPO", "SPA_SimPO", "SPA"]
     assert {len(seeds.split()) for seeds in table["seeds"][table["system"] != "Vanilla"]} == {2}
-    assert "means of each seed" in said and (recipe.out / "judged" / "table1" / "judge_table.tex").exists()
+    assert "means of the seeds" in said and (recipe.out / "judged" / "table1" / "judge_table.tex").exists()
     pools = [words[0] for words in recipe.started if "pool" in words[2]]
     assert pools == ["01_sample.py", "02_score.py", "03_refine.py"] * 2, "shared work once a seed"
     pairs = {path.parent.name: path for path in recipe.out.glob("high_stakes/*/05_pairs.jsonl")}

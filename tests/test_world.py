@@ -159,7 +159,7 @@ def test_scripts_and_process_give_the_same_pairs_and_the_same_loss(small, tmp_pa
 03_refine.py --max_new_tokens 12 --batch_size 512
 04_denoise.py --consistency off --no-informativeness
 05_pairs.py
-06_train.py --learning_rate 1e-3 --max_steps 8 --batch_size 16 --save_steps 0 --accept_unfit_judge""".splitlines():
+06_train.py --learning_rate 3e-4 --max_steps 8 --batch_size 16 --save_steps 0 --accept_unfit_judge""".splitlines():
         command = [sys.executable, *line.split(), "--run_dir", str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
