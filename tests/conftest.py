@@ -372,3 +372,8 @@ def copy_run(finished, folder: Path, stage: str, itself: bool = False) -> list[s
             if file.is_file():
                 shutil.copy(file, folder)
     return ["--run_dir", str(folder), *map(str, COMMANDS[stage])]
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The files that take minutes come first, so that of two workers none waits for them in the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_real_model", "test_world"))
