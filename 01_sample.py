@@ -57,7 +57,9 @@ class Args(common.ModelArgs):
     top_p: float = arg(1.0, "nucleus of the sampling; 1 is all (paper)")
     max_new_tokens: int = arg(2048, "longest response in tokens (paper, appendix A)")
     system_prob: float = arg(0.0, "chance of the honest system prompt per response (paper: 0.5 for honesty)")
-    model: str = arg(common.DEFAULT_MODEL, "hub name, local folder, or the name at the server", free=True)
+    model: str | None = arg(
+        None, f"hub name, local folder, or the name at the server; default: {common.DEFAULT_MODEL}", free=True
+    )
 
 
 def read_table(path: Path) -> list[tuple[str, dict]]:
@@ -181,6 +183,8 @@ def draw_systems(seed: int, id: str, n: int, system_prob: float) -> list[str | N
 
 def main(args: Args) -> None:
     common.check_at_least(args, 1, "n", "max_new_tokens", "num_prompts")
+    check(args.model or not args.endpoint, f"--endpoint {args.endpoint} needs --model: the name of the model there")
+    args.model = args.model or common.DEFAULT_MODEL
     common.check_at_least(args, 0, "temperature")
     check(0 < args.top_p <= 1, f"--top_p {args.top_p}: more than 0 and at most 1 is wanted")
     check(0 <= args.system_prob <= 1, f"--system_prob {args.system_prob}: a probability is wanted")

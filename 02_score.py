@@ -54,9 +54,12 @@ def main(args: Args) -> None:
         judge.open()
         common.settle_score_mode(args, judge, record)
     names = [name for name, _ in objectives]
+    if max(len(row["responses"]) for row in rows) <= len(names):
+        enough = f"sample with --n {len(names) + 1} or more, or 04 will want --no-informativeness"
+        common.warn(f"det Σ of {len(names)} objectives is 0 with so few responses a prompt: {enough}")
     count = sum(len(row["responses"]) for row in rows)
     what = f"{count} responses of {len(rows)} prompts"
-    common.announce("02 score", judge.title, what, args.score_mode, " > ".join(names))
+    common.announce("02 score", judge.title, what, "own scorer" if args.scorer else args.score_mode, " > ".join(names))
     if probes:
         checked = common.check_judge(judge, args, objectives, probes, record, probes_output)
         record["checked"] = common.sum_up_check(checked or [])

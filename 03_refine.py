@@ -135,7 +135,10 @@ def main(args: Args) -> None:
     common.read_files(args)
     if args.template not in FORMS:  # a file, whose content counts
         check(Path(args.template).is_file(), f"--template {args.template}: no such file, nor one of {', '.join(FORMS)}")
-        args.template = "".join(line for _, line in common.read_lines(Path(args.template))).strip()
+        name, args.template = args.template, "".join(line for _, line in common.read_lines(Path(args.template))).strip()
+        unknown = [field for field in ("{instruction}", "{dimensions}", "{candidates}") if field in args.template]
+        words = "they are turns behind the best response, with {principles} alone; for Figure 10 edit REFINE_TEMPLATE"
+        check(not unknown, f"--template {name}: {', '.join(unknown)} is not filled in here: {words}")
     later = args.template.split(NEXT_TURN)[1:]
     made = common.made_by(source)
     # the judge must be that of stage 2, or its scores and these do not compare

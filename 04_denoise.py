@@ -164,7 +164,7 @@ def main(args: Args) -> None:
         reason, made_03 = max(dropped, key=dropped.get), made.get("03", {})
         modes = ["json", "constrained", "expected"]  # each reads more, or finer, than the one before
         mode = made_03.get("score_mode") or "json"
-        mode = "expected" if made_03.get("scorer") or mode == "choice" else mode
+        mode = mode if mode in modes and not made_03.get("scorer") else "expected"  # one's own, or words
         pointless = [*modes[: modes.index(mode) + 1], "--attempts" if full == inconsistent else "--constitution"]
         pointless += ["--det_min"] * (args.det_min == 0)
         tries = [what for what in REASONS[reason] if not any(word in what for word in pointless)]

@@ -75,6 +75,7 @@ MEASURED_PROMPTS = 64  # measured before and after training where none are held 
 LORA_ALPHA = 2  # the adapter's product counts alpha / rank = 2 times (ours)
 LORA_TARGETS = "all-linear"  # every linear layer but the output head (ours)
 BLANK, LONG, SAME = "a blank response", "longer than --max_length", "chosen and rejected are the same tokens"
+WEIGHTED = ("spa",)  # losses whose pairs are weighed by their gap; in all others each counts 1
 TINY = 10_000_000  # parameters: a model below has no memory to save
 OUT_OF_MEMORY = "out of memory: try --gradient_checkpointing, a smaller --max_length, or --lora_rank 16"
 SFT_METRICS = ["logps/chosen"]
@@ -310,7 +311,9 @@ def set_weights(groups: list[dict], args: Args, mean_gap: float | None) -> float
     mean_gap = sum(gaps) / max(1, len(gaps)) if mean_gap is None else mean_gap
     for group in groups:
         own = [gap for *_, gap in group["pairs"]]
-        group["weights"] = pair_weights(own, args.alpha, mean_gap).tolist() if args.loss == "spa" else [1.0] * len(own)
+        group["weights"] = (
+            pair_weights(own, args.alpha, mean_gap).tolist() if args.loss in WEIGHTED else [1.0] * len(own)
+        )
     return mean_gap
 
 
@@ -732,11 +735,14 @@ def main(args: Args) -> None:
     args.tokens_per_batch = args.tokens_per_batch or (1536 if device.type == "cpu" else 8192)
 
     # What to train on what. A model is never guessed: pairs teach the one that wrote the responses.
-    pairs = read_pairs(source, needs_gap=args.loss == "spa")
+    pairs = read_pairs(source, needs_gap=args.loss in WEIGHTED)
     common.read_files(args)
     made = common.made_by(source)
     common.inherit(args, made, "01", "model", "chat_template")
     check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
+    endpoint = made.get("01", {}).get("endpoint")
+    served = f"the responses came from {endpoint}: pass --model, the hub name or folder of those weights"
+    check(not endpoint or "model" not in getattr(args, "unnamed", ()), served)
     # A judge that prefers the worse answers makes a worse model, while the loss falls and the margins rise.
     fit, verdict = common.judge_verdict(made, common.names_of(made))
     check(fit or args.accept_unfit_judge, f"{verdict}; see the judge check of 02_score.py, or --accept_unfit_judge")

@@ -444,6 +444,7 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         "earlier": made or {},
         "inputs": {name: digest(value) if isinstance(value, Path) else value for name, value in inputs.items()},
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "code": {file.name: digest(file) for file in (HERE / f"{stage}.py", HERE / "common.py") if file.is_file()},
         "complete": False,
     }
     there, way_out = [o for o in outputs if o.exists()], "choose another directory, or pass --overwrite to redo this"
@@ -453,12 +454,17 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         for field in dataclasses.fields(args):
             was, value = old["args"].get(field.name, field.default), values[field.name]
             differs = f"{path.parent} was made with --{field.name} {was}, not {value}; {way_out}"
+            if len(differs) > 500:  # the text of a file
+                differs = f"{path.parent} was made with another --{field.name}; {way_out}"
             check(was == value or field.metadata["free"], differs)
         for name, value in record["inputs"].items():
             same = old.get("inputs", {}).get(name) == value
             check(same, f"{name} is another than when {stage}.py ran in {path.parent}; {way_out}")
         if old.get("versions") != record["versions"]:
             warn(f"what is in {path.parent} already was made with {old.get('versions')}")
+        record["code"], now = old.get("code", record["code"]), record["code"]
+        if edited := [name for name in now if record["code"].get(name) != now[name]]:
+            warn(f"{' and '.join(edited)} changed since what is in {path.parent} was made; --overwrite redoes it")
         whole = len(there) == len(outputs) and old.get("rows") in (None, count_lines(outputs[0]))
         record = {**old, **record, "complete": bool(old.get("complete")) and whole}
     wait_for_all()  # all have read what was there
@@ -1363,10 +1369,15 @@ class Scorer(Engine):
     def score(self, items: list[tuple], k: int) -> list[list]:
         """The k scores of each (prompt, response); UserError if the function gives anything else."""
         rows = self.function([prompt for prompt, _ in items], [response for _, response in items])
-        rows = [[value.item() if hasattr(value, "item") else value for value in row] for row in rows]  # numpy, torch
-        check(len(rows) == len(items), f"{self.title} gave {len(rows)} scores for {len(items)} responses")
+        rows = rows.tolist() if hasattr(rows, "tolist") else rows  # numpy, torch
+        wanted = f"a list of {k} numbers from 1 to 10 is wanted for each response"
+        check(isinstance(rows, (list, tuple)), f"{self.title} gave {type(rows).__name__}: {wanted}")
+        check(len(rows) == len(items), f"{self.title} gave {len(rows)} scores for {len(items)} responses: {wanted}")
         for row in rows:
-            check(is_scores(row) and len(row) == k, f"{self.title} gave {row}: {k} numbers from 1 to 10 are wanted")
+            check(isinstance(row, typing.Iterable), f"{self.title} gave {row} for a response: {wanted}")
+        rows = [[value.item() if hasattr(value, "item") else value for value in row] for row in rows]
+        for row in rows:
+            check(is_scores(row) and len(row) == k, f"{self.title} gave {row}: {wanted}")
         return rows
 
 
@@ -1594,8 +1605,18 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
         try:
             filled = judge_prompt(objectives, "", "RESPONSE", True, args.judge_template)
         except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f"--judge_template: {first_line(error)} is no field; see common.JUDGE_TEMPLATE") from None
+            told = (
+                f"--judge_template: {first_line(error)} is no field of common.JUDGE_TEMPLATE; other braces stand twice"
+            )
+            raise UserError(told) from None
         check("RESPONSE" in filled, "--judge_template: {response} is not in it; see common.JUDGE_TEMPLATE")
+        other = "--scorer" if args.scorer else "--score_mode choice, which asks common.QUESTIONS"
+        check(
+            not args.scorer and args.score_mode != "choice", f"--judge_template is not used by {other}; leave one out"
+        )
+        for field in ("{instruction_part}", "{dimensions}"):
+            if field not in args.judge_template:
+                warn(f"--judge_template has no {field}: the judge does not see what stands there")
     if not args.scorer:
         return objectives, {"constitution": str(objectives)}
     file, _, function = args.scorer.rpartition(":")
