@@ -298,8 +298,14 @@ def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage
     moved = write_rows(tmp_path / "elsewhere.jsonl", PROMPTS)
     out, _, _ = stage("--n", 3, "--prompts", moved, run_dir=run_dir)
     assert "is complete already; --overwrite redoes it" in out
+
     other = refusing("prompts is another than when 01_sample.py ran")
     stage("--n", 3, rows=PROMPTS[:5], run_dir=run_dir, run=other)
+
+
+def test_a_server_s_model_is_named(fails, tmp_path):
+    words = "--endpoint http://localhost:1/v1 needs --model: the name of the model there"
+    fails(words, "01_sample", "--run_dir", tmp_path, "--endpoint", "http://localhost:1/v1")
 
 
 def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):

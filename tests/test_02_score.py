@@ -96,8 +96,22 @@ def test_an_own_scorer_needs_no_model(stage, fails, tmp_path, monkeypatch):
         out, _, scores, run_dir = stage(*options)
     assert scores == [[10, 3, 2.5]] * 12 and str(scorer) in out
     assert "is complete already" in stage(*options, run_dir=run_dir)[0]
+    record = json.loads((run_dir / "02_args.json").read_text())
+    record["code"]["common.py"] = "of another day"
+    (run_dir / "02_args.json").write_text(json.dumps(record))
+    for _ in range(2):  # it is said each time, since nothing was redone
+        assert "warning: common.py changed since what is in" in stage(*options, run_dir=run_dir)[1]
+    assert "det Σ of 3 objectives is 0 with so few responses a prompt: sample with --n 4" in stage(*options)[1]
     scorer.write_text(scorer.read_text().replace("2.5", "4"))
     stage(*options, run_dir=run_dir, run=refusing(fails, "--scorer is another than when 02_score.py ran"))
+
+
+def test_a_judge_template_that_nobody_asks_is_refused(stage, fails, tmp_path):
+    (tmp_path / "judge.txt").write_text("Score {response}\n{fields}")
+    options = ("--judge_template", tmp_path / "judge.txt")
+    words = "--judge_template is not used by --score_mode choice"
+    stage(*options, "--score_mode", "choice", run=refusing(fails, words))
+    assert "--judge_template has no {instruction_part}" in stage(*options)[1]
 
 
 def test_another_judge_says_so_and_its_template_is_its_own(stage, fails, tiny, tmp_path):

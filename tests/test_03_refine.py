@@ -192,6 +192,13 @@ def test_a_file_of_turns_is_said_one_after_the_other(stage, monkeypatch, tmp_pat
     assert sorted(one["text"] for one in refined[:3]) == sorted(one.text.strip() for one in revisions)
 
 
+def test_a_file_of_turns_has_no_fields_of_figure_10(fails, tiny, tmp_path):
+    write_rows(tmp_path / "02_scores.jsonl", ROWS)
+    (tmp_path / "own.txt").write_text("Instruction: {instruction}\n{candidates}\nRefined Response:")
+    options = ("--run_dir", tmp_path, "--model", tiny(), "--template", tmp_path / "own.txt")
+    fails("{instruction}, {candidates} is not filled in here", "03_refine", *options)
+
+
 def test_attempts_are_drawn_and_the_best_is_kept(stage, monkeypatch):
     judged, judge = [], common.judge
     monkeypatch.setattr(common, "judge", lambda *a: judged.append(judge(*a)) or judged[-1])

@@ -347,6 +347,8 @@ def test_weights_with_the_mean_gap_of_the_batch_and_of_the_whole():
     assert held_out[0]["weights"] == [2.0], "held-out pairs are weighed by the mean gap of the others"
     train.set_weights(held_out, args, None)
     assert held_out[0]["weights"] == [1.0], "of a batch of its own"
+    train.set_weights(groups, train.Args(loss="simpo"), None)
+    assert [group["weights"] for group in groups] == [[1.0, 1.0], [1.0]], "of the losses that are in WEIGHTED alone"
     statistics = train.weight_statistics([{"weights": [2.0, 0.0]}, {"weights": [1.0, 1.0]}])
     assert statistics["weights/effective_sample_size"] == pytest.approx(16 / 6 / 4)
     assert statistics["weights/zero_fraction"] == 0.25
@@ -526,6 +528,14 @@ def test_what_saves_memory_changes_nothing_but_the_way(ok, run_dir, monkeypatch)
         weights.append(tensors(folder))
     for other in weights[1:]:
         assert max((weights[0][k] - other[k]).abs().max().item() for k in other) < 1e-5
+
+
+def test_pairs_of_a_server_need_the_name_of_its_weights(fails, tmp_path):
+    write_rows(tmp_path / "05_pairs.jsonl", make_pairs())
+    sampled = {"model": "llama", "endpoint": "http://localhost:1/v1"}
+    record = {"stage": "05_pairs", "args": {}, "earlier": {"01": sampled}, "complete": True}
+    (tmp_path / "05_args.json").write_text(json.dumps(record))
+    fails("the responses came from http://localhost:1/v1: pass --model", "06_train", "--run_dir", tmp_path)
 
 
 def test_one_pair_trains(tmp_path, tiny, ok):

@@ -913,6 +913,12 @@ def short(prompts, responses):
 wrong = lambda prompts, responses: [[11, 2]] * len(responses)
 few = lambda prompts, responses: [[1, 2]]
 number = 3
+
+def flat(prompts, responses):
+    return [len(r) for r in responses]
+
+def nothing(prompts, responses):
+    pass
 """
 
 
@@ -926,6 +932,8 @@ def test_a_scorer_of_ones_own(tmp_path, small):
         (f"{path}:wrong", "gave [11, 2]: 2 numbers from 1 to 10"),
         (f"{path}:few", "gave 1 scores for 2 responses"),
         (f"{path}:number", "there is no function 'number'"),
+        (f"{path}:flat", "gave 2 for a response: a list of 2 numbers from 1 to 10 is wanted"),
+        (f"{path}:nothing", "gave NoneType: a list of 2 numbers"),
         ("nowhere.py:f", "FILE.py:function is wanted"),
         (str(path), "FILE.py:function is wanted"),
     ]:
