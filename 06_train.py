@@ -740,9 +740,6 @@ def main(args: Args) -> None:
     made = common.made_by(source)
     common.inherit(args, made, "01", "model", "chat_template")
     check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
-    endpoint = made.get("01", {}).get("endpoint")
-    served = f"the responses came from {endpoint}: pass --model, the hub name or folder of those weights"
-    check(not endpoint or "model" not in getattr(args, "unnamed", ()), served)
     # A judge that prefers the worse answers makes a worse model, while the loss falls and the margins rise.
     fit, verdict = common.judge_verdict(made, common.names_of(made))
     check(fit or args.accept_unfit_judge, f"{verdict}; see the judge check of 02_score.py, or --accept_unfit_judge")

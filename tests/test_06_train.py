@@ -530,14 +530,6 @@ def test_what_saves_memory_changes_nothing_but_the_way(ok, run_dir, monkeypatch)
         assert max((weights[0][k] - other[k]).abs().max().item() for k in other) < 1e-5
 
 
-def test_pairs_of_a_server_need_the_name_of_its_weights(fails, tmp_path):
-    write_rows(tmp_path / "05_pairs.jsonl", make_pairs())
-    sampled = {"model": "llama", "endpoint": "http://localhost:1/v1"}
-    record = {"stage": "05_pairs", "args": {}, "earlier": {"01": sampled}, "complete": True}
-    (tmp_path / "05_args.json").write_text(json.dumps(record))
-    fails("the responses came from http://localhost:1/v1: pass --model", "06_train", "--run_dir", tmp_path)
-
-
 def test_one_pair_trains(tmp_path, tiny, ok):
     write_rows(tmp_path / "05_pairs.jsonl", make_pairs()[:1])
     options = ("--gamma_beta_ratio", 2, "--learning_rate", 1e-3)

@@ -929,7 +929,7 @@ def test_a_scorer_of_ones_own(tmp_path, small):
     items = [("a", "bb"), (CHAT, " "), ("c", "dddd")]
     assert common.judge(judge, items, settings(), [0] * 3) == [[8, 5.5], None, [6, 5.5]], "blank ones are not asked"
     for where, words in [
-        (f"{path}:wrong", "gave [11, 2]: 2 numbers from 1 to 10"),
+        (f"{path}:wrong", "gave [11, 2]: a list of 2 numbers from 1 to 10"),
         (f"{path}:few", "gave 1 scores for 2 responses"),
         (f"{path}:number", "there is no function 'number'"),
         (f"{path}:flat", "gave 2 for a response: a list of 2 numbers from 1 to 10 is wanted"),
