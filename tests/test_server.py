@@ -585,7 +585,8 @@ def test_a_server_that_is_greedy_is_noticed(tmp_path, ok):
     ],
 )
 def test_bad_options(tmp_path, fails, options, words):
-    fails(words, "01_sample", "--run_dir", tmp_path / "run", "--endpoint", "http://localhost/v1", *options)
+    served = ("--endpoint", "http://localhost/v1", "--model", "m")
+    fails(words, "01_sample", "--run_dir", tmp_path / "run", *served, *options)
 
 
 def test_one_process_asks_a_server(monkeypatch):
