@@ -7,4 +7,4 @@ set -euo pipefail
 ruff format --check .
 ruff check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+python -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
