@@ -54,7 +54,7 @@ def main(args: Args) -> None:
         judge.open()
         common.settle_score_mode(args, judge, record)
     names = [name for name, _ in objectives]
-    if max(len(row["responses"]) for row in rows) <= len(names):
+    if 1 < max(len(row["responses"]) for row in rows) <= len(names):  # one each are answers to be evaluated
         enough = f"sample with --n {len(names) + 1} or more, or 04 will want --no-informativeness"
         common.warn(f"det Σ of {len(names)} objectives is 0 with so few responses a prompt: {enough}")
     count = sum(len(row["responses"]) for row in rows)

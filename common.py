@@ -1611,9 +1611,8 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
             raise UserError(told) from None
         check("RESPONSE" in filled, "--judge_template: {response} is not in it; see common.JUDGE_TEMPLATE")
         other = "--scorer" if args.scorer else "--score_mode choice, which asks common.QUESTIONS"
-        check(
-            not args.scorer and args.score_mode != "choice", f"--judge_template is not used by {other}; leave one out"
-        )
+        if args.scorer or args.score_mode == "choice":
+            warn(f"--judge_template is not used by {other}")
         for field in ("{instruction_part}", "{dimensions}"):
             if field not in args.judge_template:
                 warn(f"--judge_template has no {field}: the judge does not see what stands there")
