@@ -1373,12 +1373,12 @@ class Scorer(Engine):
         wanted = f"a list of {k} numbers from 1 to 10 is wanted for each response"
         check(isinstance(rows, (list, tuple)), f"{self.title} gave {type(rows).__name__}: {wanted}")
         check(len(rows) == len(items), f"{self.title} gave {len(rows)} scores for {len(items)} responses: {wanted}")
+        found = []
         for row in rows:
             check(isinstance(row, typing.Iterable), f"{self.title} gave {row} for a response: {wanted}")
-        rows = [[value.item() if hasattr(value, "item") else value for value in row] for row in rows]
-        for row in rows:
-            check(is_scores(row) and len(row) == k, f"{self.title} gave {row}: {wanted}")
-        return rows
+            found.append([value.item() if hasattr(value, "item") else value for value in row])
+            check(is_scores(found[-1]) and len(found[-1]) == k, f"{self.title} gave {found[-1]}: {wanted}")
+        return found
 
 
 def make_engine(args, prefix: str = "") -> Engine:
@@ -1610,8 +1610,8 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
             )
             raise UserError(told) from None
         check("RESPONSE" in filled, "--judge_template: {response} is not in it; see common.JUDGE_TEMPLATE")
-        other = "--scorer" if args.scorer else "--score_mode choice, which asks common.QUESTIONS"
         if args.scorer or args.score_mode == "choice":
+            other = "--scorer" if args.scorer else "--score_mode choice, which asks common.QUESTIONS"
             warn(f"--judge_template is not used by {other}")
         for field in ("{instruction_part}", "{dimensions}"):
             if field not in args.judge_template:

@@ -88,6 +88,10 @@ class Cell:
         self.run.mkdir(parents=True, exist_ok=True)
         path = self.run / "results.jsonl"
         self.rows = {(row["system"], row["sigma"]): row for row in read_lines(path)}
+        self.before: dict[float, list[dict]] = {}  # the base's answers to the test prompts, by temperature
+        base_row = self.evaluate(self.model, self.run / "base")  # done already, it is read alone
+        if ("base", 0.0) not in self.rows:
+            self.keep("base", 0.0, base_row)
 
     def keep(self, name: str, sigma: float, row: dict) -> dict:
         self.rows[name, sigma] = {"system": name, "sigma": sigma, **self.known, **row}
@@ -152,14 +156,11 @@ class Cell:
         """The true evaluation of greedy answers to the test prompts, and of sampled ones beside them (T=1)."""
         found = {}
         for temperature, mark in ((0.0, ""), (1.0, " T=1")):
-            runs = {
-                "it": (model, run / f"test{temperature:g}"),
-                "base": (self.model, self.run / f"test{temperature:g}"),
-            }
-            for path, test in runs.values():
-                run_stage("01_sample", test, model=path, prompts=str(self.root / "test.jsonl"), n=1, seed=self.seed,
-                          temperature=temperature, max_new_tokens=12, batch_size=512)  # fmt: skip
-            rows, before = (list(common.read_rows(test / "01_samples.jsonl")) for _, test in runs.values())
+            test = run / f"test{temperature:g}"
+            run_stage("01_sample", test, model=model, prompts=str(self.root / "test.jsonl"), n=1, seed=self.seed,
+                      temperature=temperature, max_new_tokens=12, batch_size=512)  # fmt: skip
+            rows = list(common.read_rows(test / "01_samples.jsonl"))
+            before = self.before.setdefault(temperature, rows)  # the base comes first
             found |= {key + mark: round(value, 4) for key, value in world.evaluate(rows, before).items()}
         return found
 
@@ -314,7 +315,6 @@ def run_cell(task: tuple[Args, int, int]) -> str:
     torch.set_num_threads(1)  # a cell has a core
     args, base, seed = task
     cell = Cell(args, base, seed)
-    cell.keep("base", 0.0, cell.evaluate(cell.model, cell.run / "base")) if ("base", 0.0) not in cell.rows else None
     for question in args.questions:
         if question in EVERYWHERE or (base + seed) % 2 == 0:
             globals()[question](cell)
