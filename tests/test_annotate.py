@@ -483,11 +483,15 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     first = chromium.driver.current_window_handle
     chromium.driver.switch_to.new_window("tab")
     chromium.open(page)
+    second = chromium.driver.current_window_handle
+    wait(lambda: text(chromium, "count") == "7 of 12 answered")
     chromium.press("u")
+    chromium.driver.switch_to.window(first)
+    wait(lambda: text(chromium, "count") == "6 of 12 answered")  # what another tab has done, before that one is closed
+    assert text(chromium, "place") == "Item 2 of 6"
+    chromium.driver.switch_to.window(second)
     chromium.driver.close()
     chromium.driver.switch_to.window(first)
-    wait(lambda: text(chromium, "count") == "6 of 12 answered")  # what another tab has done
-    assert text(chromium, "place") == "Item 2 of 6"
 
     other, _ = study(None, "--seed", 6, "--overwrite")
     chromium.open(other)
