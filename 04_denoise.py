@@ -129,7 +129,7 @@ def main(args: Args) -> None:
         drawn = set(sorted(passed, key=lambda id: common.derive_seed(args.seed, id))[: args.max_prompts])
 
     # One pass: each row goes into one of the two files; both appear, whole, after the last row.
-    dropped, failures, dets = dict.fromkeys(REASONS, 0), Counter(), []
+    dropped, failures, dets = Counter(dict.fromkeys(REASONS, 0)), Counter(), []
     uninformative = full = blank = 0
     with common.replace_file(outputs[0]) as kept, common.replace_file(outputs[1]) as others:
         for row in tqdm(common.read_rows(source, scored=True, refined=True), "04 denoise", unit="prompt", disable=None):
@@ -167,7 +167,8 @@ def main(args: Args) -> None:
         mode = mode if mode in modes and not made_03.get("scorer") else "expected"  # one's own, or words
         pointless = [*modes[: modes.index(mode) + 1], "--attempts" if full == inconsistent else "--constitution"]
         pointless += ["--det_min"] * (args.det_min == 0)
-        tries = [what for what in REASONS[reason] if not any(word in what for word in pointless)]
+        advice = REASONS.get(reason, ["to let more pass there"])  # a filter of one's own may have a reason of its own
+        tries = [what for what in advice if not any(word in what for word in pointless)]
         raise EmptyResult(f"nothing is left; {dropped[reason]} of {total} fell to '{reason}': try {', '.join(tries)}")
     print(f"  det Σ: min {min(dets):.4g}, median {statistics.median(dets):.4g}, max {max(dets):.4g}")
     print(f"wrote {outputs[0]} and {outputs[1].name}\nnext: python 05_pairs.py --run_dir {args.run_dir}")

@@ -272,6 +272,13 @@ def test_emptied_by_a_filter_is_exit_code_3_with_advice(tmp_path, call, fails, r
     assert call(*command) == (3, out, err), "the same command says the same again"
 
 
+def test_a_filter_of_ones_own_may_have_a_reason_of_its_own(tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(denoise, "denoise", lambda candidates, refined, args: ("too_short", 1.0, ()))
+    write_rows(tmp_path / "03_refined.jsonl", MIXED[-1:])
+    out, _ = fails("1 of 1 fell to 'too_short'", "04_denoise", "--run_dir", tmp_path, code=3)
+    assert re.search(r"- too_short +1\n", out) and read_rows(tmp_path / "04_dropped.jsonl")[0]["reason"] == "too_short"
+
+
 def test_too_few_responses_for_a_covariance(tmp_path, ok, fails):
     write_rows(tmp_path / "03_refined.jsonl", [scored_row("a", [[5, 5], [6, 4]], [9, 9])])
     command = ("04_denoise", "--run_dir", tmp_path)
