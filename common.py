@@ -1616,6 +1616,8 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
         for field in ("{instruction_part}", "{dimensions}"):
             if field not in args.judge_template:
                 warn(f"--judge_template has no {field}: the judge does not see what stands there")
+    if args.score_mode == "choice" and not (args.scorer or args.with_instruction):
+        warn("--no-with_instruction is not used by --score_mode choice, which asks about the whole conversation")
     if not args.scorer:
         return objectives, {"constitution": str(objectives)}
     file, _, function = args.scorer.rpartition(":")

@@ -106,10 +106,12 @@ def test_an_own_scorer_needs_no_model(stage, fails, tmp_path, monkeypatch):
     stage(*options, run_dir=run_dir, run=refusing(fails, "--scorer is another than when 02_score.py ran"))
 
 
-def test_a_judge_template_that_nobody_reads_is_told(stage, tmp_path):
+def test_options_that_nobody_reads_are_told(stage, tmp_path):
     (tmp_path / "judge.txt").write_text("Score {response}\n{fields}")
     options = ("--judge_template", tmp_path / "judge.txt")
-    assert "--judge_template is not used by --score_mode choice" in stage(*options, "--score_mode", "choice")[1]
+    said = stage(*options, "--score_mode", "choice", "--no-with_instruction")[1]
+    assert "--judge_template is not used by --score_mode choice" in said
+    assert "--no-with_instruction is not used by --score_mode choice" in said
     assert "--judge_template has no {instruction_part}" in stage(*options)[1]
 
 
