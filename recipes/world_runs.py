@@ -330,7 +330,9 @@ def main(args: Args) -> None:
 
     with common.replace_file(folder / "constitution.json") as file:
         file.write(json.dumps({"brevity": "The answer is short."}))
-    tasks = [(args, base, seed) for seed in args.seeds for base in args.bases]
+    # those with more questions first, so that the processes end together
+    cells = sorted(((base, seed) for seed in args.seeds for base in args.bases), key=lambda cell: sum(cell) % 2)
+    tasks = [(args, base, seed) for base, seed in cells]
     with multiprocessing.get_context("fork").Pool(args.processes, maxtasksperchild=1) as pool:
         for done in pool.imap_unordered(run_cell, tasks):
             print(done, flush=True)
