@@ -4,7 +4,8 @@ With several test sets one table has them all, as the paper's Table 1: a row a s
 by side. Then, for each set, the means over prompts with their bootstrap 95 % intervals, HH_λ (Table 3; for two
 objectives), and the paired differences to the set's first system (Vanilla). The best of a column is bold only where
 its paired difference to every other system lies above 0 with its whole interval; how many cells would be bold by
-chance is said below. Runs of other judges, ways of reading scores, judge prompts or definitions are refused.
+chance is said below. rep-4 is how much of an answer it has said before, as text that falls apart does. Runs of other
+judges, ways of reading scores, judge prompts or definitions are refused.
 
     reads   run directories that 01_sample.py (--temperature 0 --n 1, test prompts) and 02_score.py have made,
             one judge for all; NAME=DIR, or SET:NAME=DIR for several test sets; DIR+refined: refined answers. A name
@@ -17,6 +18,7 @@ chance is said below. Runs of other judges, ways of reading scores, judge prompt
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from dataclasses import dataclass
 
@@ -26,6 +28,8 @@ from scipy import integrate, stats
 
 import common
 from common import arg, check
+
+REPEATED = "rep-4"
 
 
 @dataclass
@@ -52,6 +56,13 @@ def bold_by_chance(systems: int) -> float:
     return systems * integrate.quad(both, -10, 10)[0] if systems > 1 else 0.0
 
 
+def repeated_ngrams(text: str, n: int = 4) -> float:
+    """The share of a text's n-grams of words that stood in it before (seq-rep-n); 0 of fewer than n words."""
+    words = text.split()
+    grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> list[dict]:
     """A row per system and measure of one test set: mean, interval, paired difference to the first system."""
 
@@ -59,6 +70,8 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
         own = run.means()
         for weight in weights if own.shape[1] == 2 else ():
             own[f"HH{weight:g}"] = hh_score(own.iloc[:, 0], own.iloc[:, 1], weight)
+        texts = {row["id"]: [response["text"] for response in row["responses"]] for row in run.rows}
+        own[REPEATED] = [statistics.fmean(map(repeated_ngrams, texts[id])) for id in own.index]
         return own
 
     tables, by_seed = [means(run) for run in runs], [[means(one).mean() for one in run.seeds] for run in runs]
@@ -82,7 +95,7 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
                 row |= {"paired_prompts": len(gaps[0])} | shared.estimate(gaps[0][name], "difference", seed)
             row["seeds"] = " ".join(f"{one[name]:.6g}" for one in by_seed[i])  # the mean of each
             above = [len(gap) > 1 and shared.bootstrap_interval(gap[name], seed=seed)[0] > 0 for gap in gaps]
-            rows.append(row | {"best": bool(above) and all(above)})
+            rows.append(row | {"best": name != REPEATED and bool(above) and all(above)})
     return rows
 
 
@@ -95,9 +108,10 @@ def main(args: Args) -> None:
         by_system = {run.name: [row for row in found if row["system"] == run.name] for run in systems}
         sets.append({"name": test_set, "objectives": systems[0].objectives, "systems": by_system})
     # how many comparisons the tables make, and how many would stand out if no system differed from another
-    columns = [n for n in Counter((row["test_set"], row["measure"]) for row in rows).values() if n > 1]
+    compared = [row for row in rows if row["measure"] != REPEATED]
+    columns = [n for n in Counter((row["test_set"], row["measure"]) for row in compared).values() if n > 1]
     facts = {"columns": columns, "by_chance": sum(map(bold_by_chance, columns))}
-    facts |= {"bold": sum(row["best"] for row in rows), "changes": sum("difference" in row for row in rows)}
+    facts |= {"bold": sum(row["best"] for row in compared), "changes": sum("difference" in row for row in compared)}
     facts |= {
         "judges": sorted({run.judge or "unknown" for run in runs}),
         "unlike": shared.differences([one for run in runs for one in run.seeds]),

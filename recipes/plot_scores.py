@@ -33,7 +33,7 @@ def main(args: Args) -> None:
     rows = pd.read_csv(path, dtype={"test_set": str, "seeds": str}, keep_default_na=False)
     wanted = {"test_set", "system", "measure", "mean", "low", "high", "seeds"}
     check(wanted <= set(rows.columns), f"{path} is no table of eval/judge_table.py: a column of it is missing")
-    rows = rows[~rows["measure"].str.match(r"HH[\d.]+$")]
+    rows = rows[~rows["measure"].str.match(r"HH[\d.]+$|rep-4$")]
     sets = list(rows["test_set"].unique())
     with shared.figure(path, columns=len(sets), width=6.4 * len(sets)) as panels:
         for name, axes in zip(sets, panels if len(sets) > 1 else [panels], strict=True):

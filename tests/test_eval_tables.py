@@ -102,7 +102,7 @@ def test_judge_table(call, tmp_path):
     better = scored(tmp_path / "better", [[[9, 4]], [[9, 3]], [[10, 6]], [[8, 6]], [[9, 9]]])
     out = succeed(call, "judge_table", "--runs", f"Vanilla={base}", f"S_A={better}", "--output_dir", tmp_path)
     lines = table_lines(out)
-    assert lines["system"][2:] == ["objective 1", "objective 2", "HH5", "HH10", "HH20"]
+    assert lines["system"][2:] == ["objective 1", "objective 2", "HH5", "HH10", "HH20", "rep-4"]
     assert lines["Vanilla"][:2] == ["4", "1"] and lines["S_A"][:2] == ["5", "0"]
     assert lines["Vanilla"][2].startswith("5.75 [") and lines["S_A"][2].startswith("**9.00 [")
     assert "**" not in lines["S_A"][3], "helpfulness: the interval of the difference holds 0"
@@ -119,6 +119,20 @@ def test_judge_table(call, tmp_path):
     assert "S_A against Vanilla: objective 1 better, objective 2 not to be told apart.\n" in out
     text = (tmp_path / "judge_table.md").read_text()
     assert text.strip() in out and "10 cells are compared in 5 columns, 4 of them bold; about 0.25 would" in text
+
+
+def test_repeated_words_stand_beside_the_scores(call, tmp_path):
+    """seq-rep-4 by hand: "a b c d" three times has nine 4-grams, four of them different."""
+    assert judge_table.repeated_ngrams("a b c d a b c e") == 0 and judge_table.repeated_ngrams("a b c") == 0
+    assert judge_table.repeated_ngrams("a b c d " * 3) == pytest.approx(5 / 9)
+    base, loop = (scored(tmp_path / name, [[[5, 4]]] * 2) for name in ("base", "loop"))
+    text = "on and on and on and on"
+    rows = read_rows(loop / "02_scores.jsonl")
+    write_rows(loop / "02_scores.jsonl", [row | {"responses": [{**row["responses"][0], "text": text}]} for row in rows])
+    out = succeed(call, "judge_table", "--runs", f"A={base}", f"B={loop}", "--output_dir", tmp_path)
+    lines = table_lines(out)
+    assert lines["A"][-1].startswith("0.00 [") and lines["B"][-1].startswith("0.50 ["), "never bold"
+    assert lines["B − A"][-1].startswith("0.50 [") and "10 cells are compared in 5 columns, 0 of them bold" in out
 
 
 def test_seeds_of_a_system_are_one_row(call, tmp_path):
