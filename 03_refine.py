@@ -68,8 +68,10 @@ FENCE = re.compile(
     r"\W{0,5}){1,5}$"
 )
 ABOUT_THE_TASK = re.compile(
-    r"(?i)\b(?:original|candidate|existing|previous|provided|given|refined|first|second|third|two|three)\s+responses?\b"
-    r"|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|\bthe instruction (?:is|asks|was)\b"
+    r"(?i)\b(?:original|candidate|existing|previous|provided|given|refined|revised|rewritten|updated|first|second|third|two|"
+    r"three)\s+responses?\b|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|"
+    r"\bthe instruction (?:is|asks|was)\b|\b(?:the|this) response (?:is|was|has|does|should|would|can|could|also|now|"
+    r"(?:highlight|provide|address|contain|offer|reduce|give|show|include|meet|suggest|acknowledge)e?s)\b"
 )
 
 
@@ -207,7 +209,7 @@ def main(args: Args) -> None:
     dropped["not scored"] = sum(one["scores"] is None for one in refined) - sum(dropped.values())
     common.show_funnel("03 refine", ("prompts in", len(done)), dropped, "refined and scored")
     if remarks := sum(about_the_task(row["refined"]["text"], row) for row in done):
-        way_out = "--template conversation asks otherwise, --drop_remarks drops them"
+        way_out = "--template principles asks otherwise, --drop_remarks drops them"
         common.warn(f"{remarks} of {len(done)} refined texts are about the task, no answers: {way_out}")
     print(f"  met --max_new_tokens: {sum(one['truncated'] for one in refined)}")
     names, pairs = [name for name, _ in objectives], [(row["refined"], r) for row in done for r in row["responses"]]

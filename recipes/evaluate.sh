@@ -17,8 +17,11 @@ JUDGE=${JUDGE:-} # another judge of the run's responses; without one, the same m
 SYSTEMS="Vanilla=$BASE SPA=$TRAINED"
 SAME="--output_dir $OUT"
 
+# Has training on its own scores made it a better judge, or a worse one?
 python eval/judge_check.py --model "$MODEL" --objectives $OBJECTIVES --output_dir "$OUT/judge_check"
-python eval/judge_table.py --runs $SYSTEMS "refined=$BASE+refined" $SAME
+python eval/judge_check.py --model "$RUN/06_model" --objectives $OBJECTIVES --output_dir "$OUT/judge_trained" \
+  --against "$OUT/judge_check"
+python eval/judge_table.py --runs $SYSTEMS $SAME
 python eval/frontier.py --runs $SYSTEMS $SAME
 python eval/pairwise.py --runs $SYSTEMS $SAME
 

@@ -36,7 +36,7 @@ setting CRITIC          "--score_mode json"               "--score_mode constrai
 setting RHO             30                                30                          30 # Table 5: 10 to 50
 setting DELTA           2                                 2                           0.3 # Table 5: 2, 3 or 4
 setting ALPHA           1                                 1                           1 # Table 5: 1, 2, 3 or 4
-setting RATE            1e-6                              1e-5                        1e-5 # Table 5: 5e-7 to 1e-5
+setting RATE            1e-6                              1e-5                        5e-5 # Table 5: 5e-7 to 1e-5
 setting EPOCHS          1                                 1                           2 # not in the paper
 setting BATCH           16                                16                          4 # not in the paper
 setting BETA            2.5                               2.0                         2.0 # SimPO's, as the next
@@ -49,7 +49,7 @@ CARDS=configs/ddp.yaml LORA="--lora_rank 64 --base_dtype bfloat16 --gradient_che
 setting GENERATE        "accelerate launch --config_file $CARDS"              python  python
 setting TRAIN           "accelerate launch --config_file configs/fsdp.yaml"   python  python
 setting TRAINING        --gradient_checkpointing "$LORA" "--tokens_per_batch 1024 --accept_unfit_judge"
-setting REFINING        "" "" "--template conversation --attempts 4 --temperature 0.7 --drop_remarks"
+setting REFINING        "" "" "--template principles --attempts 4 --temperature 0.7 --drop_remarks"
 setting JUDGE           "" "--judge_model Qwen/Qwen2.5-7B-Instruct" "--judge_model $MODEL"
 JUDGED=${JUDGED:-judged} # a name for JUDGE, so that two of them stand side by side
 HONESET=${HONESET:-HoneSet.json} JAILBREAK=${JAILBREAK:-jailbreak_trigger.json} # files of HonestyLLM and TrustLLM

@@ -123,8 +123,10 @@ def test_cleaning_takes_time_in_proportion_to_the_text():
 
 def test_texts_about_the_task_are_known():
     about = ("The original responses are too long.", "Response 2 is the best one.", "This improves both dimensions.")
-    about += ("The first response addresses the harm.",)
+    about += ("The first response addresses the harm.", "The response is not only safe but also helpful.")
+    about += ("This response highlights the risk.", "So: the updated response\nDo not.")
     answers = ("Call a doctor; your response matters.", "In response to your question: no.")
+    answers += ("The immune response is strong.", "The response of the police may take an hour.")
     for text in (*about, *answers):
         assert refine.about_the_task(text, {"prompt": "Is it safe?"}) is (text in about), text
         assert not refine.about_the_task(text, {"prompt": "Which of the first responses is better?"})

@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 import pytest
 import torch
 from conftest import PROBES, ROOT, read_rows
@@ -90,4 +91,9 @@ def test_the_quickstart_on_a_few_prompts(tmp_path):
     for test in ("test_base", "test_trained"):
         rows = read_rows(run / test / "02_scores.jsonl")
         assert len(rows) == 2 and all(len(r["scores"]) == 2 for row in rows for r in row["responses"])
-    assert "trained" in (run / "eval" / "judge_table.md").read_text()
+    # the printed reading is what the intervals say
+    table = pd.read_csv(run / "eval" / "judge_table.csv").set_index(["system", "measure"]).loc["trained"]
+    for name in NAMES:
+        low, high = table.loc[name, ["difference_low", "difference_high"]]
+        assert f"{name} {'better' if low > 0 else 'worse' if high < 0 else 'not to be told apart'}" in printed
+    assert "rep-4" in table.index and (run / "report.html").stat().st_size > 10_000

@@ -161,21 +161,22 @@ def test_the_quickstart_s_calls(calls):
     assert done.returncode == 0, done.stderr
     assert made[0] == ["python", "recipes/get_smollm2.py"], "INSTALL=no: nothing is installed"
     stages = arguments_of(made)
-    names = [*STAGES, *STAGES[:3], *STAGES[:2]]
+    names = [*STAGES, *STAGES[:2], *STAGES[:2]]
     assert [stage for stage, _ in stages] == names
     model, run = "models/smollm2-135m", "runs/quickstart"
     assert {a.objectives and tuple(a.objectives) for s, a in stages if s == "02_score"} == {tuple(HARMLESS)}
     assert {args.score_mode for stage, args in stages if stage == "02_score"} == {"choice"}
     assert [args.judge_check for stage, args in stages if stage == "02_score"] == [True, False, False], "once"
-    sampled = [(a.model, a.run_dir, a.split, a.n) for stage, a in stages if stage == "01_sample"]
-    assert sampled[0] == (model, run, None, 3), "the training prompts"
-    assert sampled[1] == (model, f"{run}/test_base", "test", 3)
-    assert sampled[2] == (f"{run}/06_model", f"{run}/test_trained", "test", 3)
+    sampled = [(a.model, a.run_dir, a.split, a.n, a.temperature) for stage, a in stages if stage == "01_sample"]
+    assert sampled[0] == (model, run, None, 3, 0.7), "the training prompts"
+    assert sampled[1:] == [
+        (name, f"{run}/{folder}", "test", 1, 0.0)
+        for name, folder in ((model, "test_base"), (f"{run}/06_model", "test_trained"))
+    ]
     assert stages[-1][1].judge_model == model, "one judge for both"
     assert [args.accept_unfit_judge for stage, args in stages if stage == "06_train"] == [True]
     scripts = [call[1] for call in made if call[1].startswith("eval/")]
-    assert scripts == ["eval/judge_check.py", "eval/judge_table.py", "eval/judge_check.py"]
-    assert made[-1][made[-1].index("--model") + 1] == f"{run}/06_model", "the trained model as a judge"
+    assert scripts == ["eval/judge_table.py", "eval/report.py"]
 
 
 def test_the_evaluation_s_calls(calls, tmp_path):
