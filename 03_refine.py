@@ -15,6 +15,7 @@ Hardware: as stage 1; the prompts are longer, since they hold all n responses.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ FENCE = re.compile(
 )
 ABOUT_THE_TASK = re.compile(
     r"(?i)\b(?:original|candidate|existing|previous|provided|given|refined|revised|rewritten|updated|first|second|third|two|"
-    r"three)\s+responses?\b|\bresponses? [1-9]\b|\bevaluation dimensions?\b|\bboth dimensions\b|"
+    r"three)\s+responses?\b|\bresponses? [1-9]\b|\b(?:both|evaluation) dimensions?\b|"
     r"\bthe instruction (?:is|asks|was)\b|\b(?:the|this) response (?:is|was|has|does|should|would|can|could|also|now|"
     r"(?:highlight|provide|address|contain|offer|reduce|give|show|include|meet|suggest|acknowledge)e?s)\b"
 )
@@ -178,6 +179,7 @@ def main(args: Args) -> None:
     settings += f", {args.attempts} attempt(s), judged by {judge.title} ({args.score_mode})"
     common.announce("03 refine", engine.title, f"{len(chats)} prompts", settings)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature if args.attempts > 1 else 0.0}
+    remarks = Counter()  # among all attempts of this call
 
     def refine(some: list[dict]) -> list[dict]:
         asked = [(row, j) for row in some if row["id"] in chats for j in range(args.attempts)]
@@ -193,7 +195,8 @@ def main(args: Args) -> None:
         scores = common.judge(judge, items, args, seeds)  # None for what is blank
         attempts = {row["id"]: [] for row in some}
         for (row, _), one, text, own in zip(asked, completions, texts, scores, strict=True):
-            own = None if args.drop_remarks and about_the_task(text, row) else own
+            remarks[about := about_the_task(text, row)] += 1
+            own = None if args.drop_remarks and about else own
             attempts[row["id"]].append({"text": text, "scores": own, "truncated": bool(one and one.truncated)})
         return [row | {"refined": best_attempt(attempts[row["id"]])} for row in some]
 
@@ -208,9 +211,11 @@ def main(args: Args) -> None:
     refined = [row["refined"] for row in done]
     dropped["not scored"] = sum(one["scores"] is None for one in refined) - sum(dropped.values())
     common.show_funnel("03 refine", ("prompts in", len(done)), dropped, "refined and scored")
-    if remarks := sum(about_the_task(row["refined"]["text"], row) for row in done):
+    if remarks[True] and args.drop_remarks:
+        print(f"  attempts about the task, dropped: {remarks[True]} of {remarks.total()} in this call")
+    if about := sum(about_the_task(row["refined"]["text"], row) for row in done):
         way_out = "--template principles asks otherwise, --drop_remarks drops them"
-        common.warn(f"{remarks} of {len(done)} refined texts are about the task, no answers: {way_out}")
+        common.warn(f"{about} of {len(done)} refined texts are about the task, no answers: {way_out}")
     print(f"  met --max_new_tokens: {sum(one['truncated'] for one in refined)}")
     names, pairs = [name for name, _ in objectives], [(row["refined"], r) for row in done for r in row["responses"]]
     common.ScoreHistogram(candidate["scores"] for _, candidate in pairs).show(names, "candidates")

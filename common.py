@@ -1605,10 +1605,8 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
         try:
             filled = judge_prompt(objectives, "", "RESPONSE", True, args.judge_template)
         except (KeyError, IndexError, ValueError) as error:
-            told = (
-                f"--judge_template: {first_line(error)} is no field of common.JUDGE_TEMPLATE; other braces stand twice"
-            )
-            raise UserError(told) from None
+            told = f"{first_line(error)} is no field of common.JUDGE_TEMPLATE; other braces stand twice"
+            raise UserError(f"--judge_template: {told}") from None
         check("RESPONSE" in filled, "--judge_template: {response} is not in it; see common.JUDGE_TEMPLATE")
         if args.scorer or args.score_mode == "choice":
             other = "--scorer" if args.scorer else "--score_mode choice, which asks common.QUESTIONS"

@@ -227,6 +227,7 @@ def test_remarks_are_counted_and_may_be_dropped(stage, monkeypatch):
     assert refined[2]["scores"] is None, "a blank one has none"
     out, _, refined = stage("--drop_remarks")
     assert refined[0]["scores"] is None and re.search(r"- not scored +2\n", out)
+    assert "attempts about the task, dropped: 1 of 3 in this call" in out
 
 
 def test_the_judge_is_that_of_stage_2(ok, tiny, tmp_path):
