@@ -309,11 +309,10 @@ def set_weights(groups: list[dict], args: Args, mean_gap: float | None) -> float
     """Puts w_i beside the pairs of every group; returns the mean gap: that given, or that of `groups`."""
     gaps = [gap for group in groups for *_, gap in group["pairs"]]
     mean_gap = sum(gaps) / max(1, len(gaps)) if mean_gap is None else mean_gap
+    weighted = args.loss in WEIGHTED
     for group in groups:
         own = [gap for *_, gap in group["pairs"]]
-        group["weights"] = (
-            pair_weights(own, args.alpha, mean_gap).tolist() if args.loss in WEIGHTED else [1.0] * len(own)
-        )
+        group["weights"] = pair_weights(own, args.alpha, mean_gap).tolist() if weighted else [1.0] * len(own)
     return mean_gap
 
 
@@ -472,7 +471,7 @@ def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rat
     # The metrics are means over pairs or responses; the loss of sft is one over tokens.
     count = len(rows_of(batch)) if args.loss == "sft" else denominator
     metrics = {name: value / count for name, value in sums.items()} | {"loss": sums["loss"] / denominator}
-    statistics = weight_statistics(batch) if args.loss == "spa" else {}
+    statistics = weight_statistics(batch) if args.loss in WEIGHTED else {}
     return metrics | statistics | {"grad_norm": norm, "learning_rate": rate}
 
 
@@ -771,7 +770,7 @@ def main(args: Args) -> None:
     steps = [[groups[g] for g in step] for step in plan_steps(len(groups), args)]
     per_epoch = -(-len(groups) // args.batch_size)
     mean_gap = set_weights(groups, args, None)
-    for step in steps if args.loss == "spa" and args.gap_mean == "batch" else []:
+    for step in steps if args.loss in WEIGHTED and args.gap_mean == "batch" else []:
         differ = any(gap for group in step for *_, gap in group["pairs"])
         check(differ, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")
 
@@ -883,7 +882,7 @@ def main(args: Args) -> None:
 
 def report(args: Args, groups, title: str, before: dict, after: dict, speed: dict, shares: tuple) -> None:
     """Prints how fast it was, the metrics over the measured prompts before and after, and what bfloat16 would keep."""
-    if args.loss == "spa":
+    if args.loss in WEIGHTED:
         effective, zero = weight_statistics(groups).values()
         print(f"  weights: effective sample size {effective:.0%} of the pairs, zero {zero:.0%}")
     what, seconds = "responses" if args.loss == "sft" else "pairs", speed["seconds"]
