@@ -179,7 +179,7 @@ def main(args: Args) -> None:
     settings += f", {args.attempts} attempt(s), judged by {judge.title} ({args.score_mode})"
     common.announce("03 refine", engine.title, f"{len(chats)} prompts", settings)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature if args.attempts > 1 else 0.0}
-    remarks = Counter()  # among all attempts of this call
+    remarks = Counter()  # of this call's attempts, where they are dropped: is it one?
 
     def refine(some: list[dict]) -> list[dict]:
         asked = [(row, j) for row in some if row["id"] in chats for j in range(args.attempts)]
@@ -195,8 +195,9 @@ def main(args: Args) -> None:
         scores = common.judge(judge, items, args, seeds)  # None for what is blank
         attempts = {row["id"]: [] for row in some}
         for (row, _), one, text, own in zip(asked, completions, texts, scores, strict=True):
-            remarks[about := about_the_task(text, row)] += 1
-            own = None if args.drop_remarks and about else own
+            if args.drop_remarks:
+                remarks[about := about_the_task(text, row)] += 1
+                own = None if about else own
             attempts[row["id"]].append({"text": text, "scores": own, "truncated": bool(one and one.truncated)})
         return [row | {"refined": best_attempt(attempts[row["id"]])} for row in some]
 
@@ -211,7 +212,7 @@ def main(args: Args) -> None:
     refined = [row["refined"] for row in done]
     dropped["not scored"] = sum(one["scores"] is None for one in refined) - sum(dropped.values())
     common.show_funnel("03 refine", ("prompts in", len(done)), dropped, "refined and scored")
-    if remarks[True] and args.drop_remarks:
+    if remarks[True]:
         print(f"  attempts about the task, dropped: {remarks[True]} of {remarks.total()} in this call")
     if about := sum(about_the_task(row["refined"]["text"], row) for row in done):
         way_out = "--template principles asks otherwise, --drop_remarks drops them"
