@@ -94,8 +94,9 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
             if compared:
                 row |= {"paired_prompts": len(gaps[0])} | shared.estimate(gaps[0][name], "difference", seed)
             row["seeds"] = " ".join(f"{one[name]:.6g}" for one in by_seed[i])  # the mean of each
-            above = [len(gap) > 1 and shared.bootstrap_interval(gap[name], seed=seed)[0] > 0 for gap in gaps]
-            rows.append(row | {"best": name != REPEATED and bool(above) and all(above)})
+            rivals = gaps if name != REPEATED else []  # more of that is not better
+            above = [len(gap) > 1 and shared.bootstrap_interval(gap[name], seed=seed)[0] > 0 for gap in rivals]
+            rows.append(row | {"best": bool(above) and all(above)})
     return rows
 
 
