@@ -36,7 +36,7 @@ STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_tr
 OFF = {"consistency": "off", "informativeness": False}  # w/o NF
 BLIND = 2  # the class of hazards that the blind scorer never sees
 SOUPS = {"6:4": [6.0, 4.0], "7:3": [7.0, 3.0], "8:2": [8.0, 2.0], "9:1": [9.0, 1.0]}
-# Questions of every cell; the others are asked in every second one: once a seed, on both bases in turn.
+# Questions of every cell; the others are asked in every second one (`asks_all`): once a seed, on both bases in turn.
 EVERYWHERE = ("rate", "losses", "filters")
 LOSSES = {"SPA": {}, "SimPO": {"loss": "simpo"}, "DPO": {"loss": "dpo", "beta": 0.1}, "SFT": {"loss": "sft"}}
 
@@ -309,6 +309,11 @@ def three(cell: Cell) -> None:
             cell.train(f"order {order}", data, denoise=weak | {"consistency": "strict"})
 
 
+def asks_all(base: int, seed: int) -> bool:
+    """Whether a cell asks every question, or those of EVERYWHERE alone."""
+    return (base + seed) % 2 == 0
+
+
 def run_cell(task: tuple[Args, int, int]) -> str:
     import torch
 
@@ -316,7 +321,7 @@ def run_cell(task: tuple[Args, int, int]) -> str:
     args, base, seed = task
     cell = Cell(args, base, seed)
     for question in args.questions:
-        if question in EVERYWHERE or (base + seed) % 2 == 0:
+        if question in EVERYWHERE or asks_all(base, seed):
             globals()[question](cell)
     return f"base {base}, seed {seed}: {len(cell.rows)} rows"
 
@@ -331,8 +336,8 @@ def main(args: Args) -> None:
     with common.replace_file(folder / "constitution.json") as file:
         file.write(json.dumps({"brevity": "The answer is short."}))
     # those with more questions first, so that the processes end together
-    cells = sorted(((base, seed) for seed in args.seeds for base in args.bases), key=lambda cell: sum(cell) % 2)
-    tasks = [(args, base, seed) for base, seed in cells]
+    tasks = [(args, base, seed) for seed in args.seeds for base in args.bases]
+    tasks.sort(key=lambda task: not asks_all(*task[1:]))
     with multiprocessing.get_context("fork").Pool(args.processes, maxtasksperchild=1) as pool:
         for done in pool.imap_unordered(run_cell, tasks):
             print(done, flush=True)
