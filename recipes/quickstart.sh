@@ -44,6 +44,6 @@ python 01_sample.py --run_dir "$RUN/test_base" --model "$MODEL" $TEST
 python 02_score.py --run_dir "$RUN/test_base" $SCORING --no-judge_check
 python 01_sample.py --run_dir "$RUN/test_trained" --model "$RUN/06_model" $TEST
 python 02_score.py --run_dir "$RUN/test_trained" --judge_model "$MODEL" $SCORING --no-judge_check
-TESTS="base=$RUN/test_base trained=$RUN/test_trained"
-python eval/judge_table.py --runs $TESTS --output_dir "$RUN/eval"
-python eval/report.py --run_dir "$RUN" --test_runs $TESTS # every stage's numbers, prompts and answers: open it
+TESTS=("base=$RUN/test_base" "trained=$RUN/test_trained")
+python eval/judge_table.py --runs "${TESTS[@]}" --output_dir "$RUN/eval"
+python eval/report.py --run_dir "$RUN" --test_runs "${TESTS[@]}" # every stage's numbers, prompts and answers: open it
