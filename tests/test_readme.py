@@ -13,7 +13,8 @@ from conftest import ROOT, run_script, write_rows
 import common
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines() if line]
+BLOCKS = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S))
+COMMANDS = re.findall(r"(?m)^[^#\n].*$", BLOCKS)  # but for lines of comment
 # script -> the file that runs it
 ELSEWHERE = {"recipes/quickstart.sh": "tests/test_real_model.py", "tests/run.sh": ".ci/run"}
 
