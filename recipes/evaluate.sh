@@ -13,39 +13,41 @@ TRAINED=${TRAINED:-$RUN/test_trained}
 OUT=${OUT:-$RUN/eval}
 MODEL=${MODEL:-models/smollm2-135m} # the model before
 OBJECTIVES=${OBJECTIVES:-harmlessness helpfulness}
+SCORES=${SCORES:-choice} # how the run's responses were scored
 JUDGE=${JUDGE:-} # another judge of the run's responses; without one, the same model reading integers
-SYSTEMS="Vanilla=$BASE SPA=$TRAINED"
-SAME="--output_dir $OUT"
+SYSTEMS=("Vanilla=$BASE" "SPA=$TRAINED")
+SAME=(--output_dir "$OUT")
+CHECK=(--objectives $OBJECTIVES --score_mode "$SCORES")
 
 # Has training on its own scores made it a better judge, or a worse one?
-python eval/judge_check.py --model "$MODEL" --objectives $OBJECTIVES --output_dir "$OUT/judge_check"
-python eval/judge_check.py --model "$RUN/06_model" --objectives $OBJECTIVES --output_dir "$OUT/judge_trained" \
+python eval/judge_check.py --model "$MODEL" "${CHECK[@]}" --output_dir "$OUT/judge_check"
+python eval/judge_check.py --model "$RUN/06_model" "${CHECK[@]}" --output_dir "$OUT/judge_trained" \
   --against "$OUT/judge_check"
-python eval/judge_table.py --runs $SYSTEMS $SAME
-python eval/frontier.py --runs $SYSTEMS $SAME
-python eval/pairwise.py --runs $SYSTEMS $SAME
+python eval/judge_table.py --runs "${SYSTEMS[@]}" "${SAME[@]}"
+python eval/frontier.py --runs "${SYSTEMS[@]}" "${SAME[@]}"
+python eval/pairwise.py --runs "${SYSTEMS[@]}" "${SAME[@]}"
 
 mkdir -p "$OUT/judged"
 cp "$RUN/01_samples.jsonl" "$RUN/01_args.json" "$OUT/judged"
 python 02_score.py --run_dir "$OUT/judged" --objectives $OBJECTIVES --score_mode constrained \
   ${JUDGE:+--judge_model "$JUDGE"}
-python eval/rv.py --weak "self=$RUN" --strong "judge=$OUT/judged" $SAME
-python eval/reliability.py --runs "self=$RUN" --others "judge=$OUT/judged" $SAME
+python eval/rv.py --weak "self=$RUN" --strong "judge=$OUT/judged" "${SAME[@]}"
+python eval/reliability.py --runs "self=$RUN" --others "judge=$OUT/judged" "${SAME[@]}"
 
-MODELS="Vanilla=$MODEL SPA=$RUN/06_model"
+MODELS=("Vanilla=$MODEL" "SPA=$RUN/06_model")
 if [ -n "${MMLU:-}" ]; then
-  ANSWERS=
-  for SYSTEM in $MODELS; do # NAME=FOLDER; lm_eval logs each question, so that the difference is paired
-    ANSWERS="$ANSWERS ${SYSTEM%%=*}=$OUT/lm_eval/${SYSTEM%%=*}"
+  ANSWERS=()
+  for SYSTEM in "${MODELS[@]}"; do # NAME=FOLDER; lm_eval logs each question, so that the difference is paired
+    ANSWERS+=("${SYSTEM%%=*}=$OUT/lm_eval/${SYSTEM%%=*}")
     python -m lm_eval run --model hf --model_args "pretrained=${SYSTEM#*=},dtype=float32" --tasks mmlu --num_fewshot 5 \
       --limit "${MMLU_LIMIT:-1}" --log_samples --output_path "$OUT/lm_eval/${SYSTEM%%=*}"
   done
-  python eval/mmlu_table.py --runs $ANSWERS $SAME
+  python eval/mmlu_table.py --runs "${ANSWERS[@]}" "${SAME[@]}"
 fi
 if [ -n "${MTBENCH:-}" ]; then
-  python eval/mtbench.py --models $MODELS --questions "$MTBENCH" ${REFERENCES:+--references "$REFERENCES"} \
+  python eval/mtbench.py --models "${MODELS[@]}" --questions "$MTBENCH" ${REFERENCES:+--references "$REFERENCES"} \
     --judge_model "${JUDGE:-$MODEL}" --limit "${MTBENCH_LIMIT:-1}" \
-    --max_new_tokens "${ANSWER_TOKENS:-32}" --judge_max_new_tokens "${JUDGE_TOKENS:-16}" $SAME
+    --max_new_tokens "${ANSWER_TOKENS:-32}" --judge_max_new_tokens "${JUDGE_TOKENS:-16}" "${SAME[@]}"
 fi
-python eval/annotate.py --runs $SYSTEMS $SAME
-python eval/report.py --run_dir "$RUN" --test_runs $SYSTEMS
+python eval/annotate.py --runs "${SYSTEMS[@]}" "${SAME[@]}"
+python eval/report.py --run_dir "$RUN" --test_runs "${SYSTEMS[@]}"
