@@ -92,6 +92,9 @@ system() { # system NAME: what it passes to the stages. SFT, SPA_DPO, SPA_SimPO 
     SPA_DPO) LOSS="--loss dpo" ;;
     SFT) LOSS="--loss sft" ;;
     wo_NF) PAIRS=$1 FILTER="--consistency off --no-informativeness" ;;
+    wo_NF_equal) # without filters on as many prompts as SPA's leave, drawn by hash: else more prompts are more steps
+      PAIRS=$1 FILTER="--consistency off --no-informativeness"
+      FILTER="$FILTER --max_prompts $(wc -l <"$FOLDER/lex_n${N}_rho${RHO}_d$DELTA-$SEED/04_denoised.jsonl")" ;;
     only_consistency) PAIRS=$1 FILTER=--no-informativeness ;;
     only_informativeness) PAIRS=$1 FILTER="--rho $RHO --consistency off" ;;
     SPA_[0-9]*) PAIRS=$1 FILTER="--rho $RHO --max_prompts $ratio" ;; # Figure 7: so many of the kept prompts
@@ -140,7 +143,7 @@ train() { # train NAME: a system of this SEED, from its samples to its model, TR
       python eval/soup.py --models "$one" "$TRAINED" --weights ${ratio/_/ } --output_dir "$folder/06_$1" || return
       TRAINED=$folder/06_$1
       return ;;
-    Iter2_*) train SPA || return ;;
+    Iter2_* | wo_NF_equal) train SPA || return ;;
     Iter*) train "Iter$((${1:4:1} - 1))_$ratio" || return ;;
   esac
   case $1 in Iter*) model=$TRAINED engine=$LOCAL ;; esac

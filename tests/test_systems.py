@@ -97,6 +97,13 @@ def test_what_sets_a_system_apart(options, name, folder, expected):
     assert stages["05"].run_dir == run_dir and stages["06"].output_dir == f"{run_dir}/06_{name}_a1_r1e-6"
 
 
+def test_without_filters_at_equal_size(options, tmp_path):
+    folder = tmp_path / "saferlhf" / "lex_n5_rho30_d2-1"
+    write_rows(folder / "04_denoised.jsonl", [{}] * 7)
+    filters = [args for stage, args in options("wo_NF_equal", OUT=tmp_path)[1] if stage[:2] == "04"]
+    assert [(args.consistency, args.max_prompts) for args in filters] == [("strict", None), ("off", 7)]
+
+
 def test_a_second_iteration_starts_from_the_trained_model(options):
     first = "o/saferlhf/lex_n5_rho30_d2-1/06_SPA_a1_r1e-6"
     for kind, kept_out in (("same", []), ("diff", ["o/saferlhf/pool_n5-1"])):
@@ -178,7 +185,7 @@ ENDS |= {"figure4": ("pairwise.pdf", ""), "figure5": (PLOT, "Vanilla Iter1 Iter2
 ENDS |= {"table3": (TABLE, "SPA Self_Criticism RS_6_4 Soup_6_4"), "one_gpu": (TABLE, "Vanilla wo_NF")}
 ENDS |= {"table4": (TABLE, "Vanilla SFT SPA_DPO SPA_SimPO SPA"), "figure7": (PLOT, "Vanilla SPA_1 SPA_2 SPA")}
 ENDS |= {"table5": (TABLE, f"Vanilla {GRID.format(1, 30)} {GRID.format(2, 30)} {GRID.format(1, 20)}")}
-ENDS |= {"figure6": (PLOT, "Vanilla SPA wo_NF only_consistency only_informativeness")}
+ENDS |= {"figure6": (PLOT, "Vanilla SPA wo_NF wo_NF_equal only_consistency only_informativeness")}
 
 
 @pytest.mark.slow
