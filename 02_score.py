@@ -78,7 +78,8 @@ def main(args: Args) -> None:
         return some
 
     def length(row: dict) -> int:
-        prompts = (common.judge_prompt(objectives, row["prompt"], r["text"], True) for r in row["responses"])
+        own = (args.with_instruction, args.judge_template)
+        prompts = (common.judge_prompt(objectives, row["prompt"], r["text"], *own) for r in row["responses"])
         return max(common.text_size(common.as_messages(text)) for text in prompts)
 
     sizes = [(length(row) + args.judge_max_new_tokens, len(row["responses"])) for row in rows]

@@ -143,19 +143,22 @@ def main(args: Args) -> None:
         words = "they are turns behind the best response, with {principles} alone; for Figure 10 edit REFINE_TEMPLATE"
         check(not unknown, f"--template {name}: {', '.join(unknown)} is not filled in here: {words}")
     later = args.template.split(NEXT_TURN)[1:]
-    made = common.made_by(source)
-    # the judge must be that of stage 2, or its scores and these do not compare
-    judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_template",
-        "judge_max_new_tokens")  # fmt: skip
-    for name in judging:
-        given, before = getattr(args, name), made.get("02", {}).get(name)
-        if None not in (given, before) and given != before:
-            common.warn(f"--{name} {given}, but stage 2 had {before}: its scores and these may not compare")
+    made, before = common.made_by(source), common.read_record(common.record_file_of(source))
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
+    judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_template")
     common.inherit(args, made, "02", *judging, "judge_model", "judge_endpoint", "judge_chat_template")
     check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
     objectives, inputs = common.judge_defaults(args)
     record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
+    # the judge must be that of stage 2, or its scores and these do not compare: its settings, words, weights and code
+    settings = ("score_mode", "with_instruction", "judge_template", "judge_max_new_tokens")
+    ways = [(f"--{name}", [one.get("args", {}).get(name) for one in (before, record)]) for name in settings]
+    own = args.scorer or args.judge_model
+    for name in ("constitution", "--scorer", "--judge_model", *["--model"] * (not own)):
+        ways.append((name, [one.get("inputs", {}).get(name) for one in (before, record)]))
+    ways.append(("common.py", [one.get("code", {}).get("common.py") for one in (before, record)]))
+    if others := [name for name, (was, now) in ways if before and was != now]:
+        common.warn(f"{', '.join(others)}: not as in stage 2, so its scores and these may not compare")
     engine = common.make_engine(args)
     judge = common.make_judge(args, engine)
     if not record["complete"]:
@@ -176,7 +179,7 @@ def main(args: Args) -> None:
         else:
             dropped["too long for the context" if scored else "no scored response"] += 1
     settings = f"{args.template.partition(chr(10))[0][:30]} template"
-    settings += f", {args.attempts} attempt(s), judged by {judge.title} ({args.score_mode})"
+    settings += f", {args.attempts} attempt(s), judged by {judge.title}{'' if args.scorer else f' ({args.score_mode})'}"
     common.announce("03 refine", engine.title, f"{len(chats)} prompts", settings)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature if args.attempts > 1 else 0.0}
     remarks = Counter()  # of this call's attempts, where they are dropped: is it one?

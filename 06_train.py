@@ -376,6 +376,7 @@ def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[t
         losses = dpo_loss(logps[chosen], logps[rejected], reference[chosen], reference[rejected], args.beta)
         rewards = args.beta * (logps - reference)
     else:
+        check(args.loss in ("spa", "simpo"), f"--loss {args.loss} has no branch in group_losses")
         weights = torch.tensor([w for group in groups for w in group["weights"]], device=device)
         losses = spa_loss(average[chosen], average[rejected], weights, args.beta, args.beta * args.gamma_beta_ratio)
         rewards = args.beta * average
@@ -532,8 +533,12 @@ def write_card(args: Args, record: dict, pairs: int, prompts: int) -> str:
     given = Path(args.model), Path(args.output_dir)
     base, name = (path.name if path.is_absolute() or path.exists() else str(path) for path in given)
     shown = record["args"] | {"model": base, "output_dir": name}
-    verdict = common.judge_verdict(record["earlier"], common.names_of(record["earlier"]))[1]
-    checked = [*common.check_lines(record["earlier"]), *([f"Warning: {verdict}."] if verdict else [])]
+    made = record["earlier"]
+    verdict, judge = common.judge_verdict(made, common.names_of(made))[1], made.get("02", {})
+    checked = [*common.check_lines(made), *([f"Warning: {verdict}."] if verdict else [])]
+    judge = judge.get("scorer") or judge.get("judge_model")
+    origin = "sampled, scored and refined itself" if not judge else f"sampled and refined itself; scored by {judge}"
+    origin = f" that the model {origin}. No human labels" if "02" in made else ", of a file without a record"
     return f"""---
 base_model: {base}
 library_name: transformers
@@ -541,7 +546,7 @@ tags: [alignment, preference-optimization, spa]
 ---
 # {name}
 {base}, trained with Self-Priority Alignment (SPA, arXiv 2511.06222), loss `{args.loss}`, on {pairs} preference
-pairs of {prompts} prompts that the model sampled, scored and refined itself. No human labels.
+pairs of {prompts} prompts{origin}.
 It has not been evaluated for any use; what it was trained on decides what it does.
 
 {"  ".join(line + chr(10) for line in checked)}

@@ -100,7 +100,7 @@ class JudgeArgs(ModelArgs):  # a stage that scores responses
     judge_template: str | None = arg(None, "file with another judge prompt than Figure 9, see common.JUDGE_TEMPLATE")
     with_instruction: bool | None = arg(None, "show the judge the prompt (ours, default); --no-…: Figure 9 verbatim")
     constitution: str | None = arg(None, 'JSON file {"helpfulness": "definition", …}: other words, further objectives')
-    scorer: str | None = arg(None, "FILE.py:function as judge: (prompts, responses) -> [[a, b], …]", free=True)
+    scorer: str | None = arg(None, "FILE.py:function as judge: (prompts, responses) -> [[1 to 10, …], …]", free=True)
     judge_model: str | None = arg(None, "another model as the judge (no self-alignment then)", free=True)
     judge_endpoint: str | None = arg(None, "URL of the judge's server; key: SPA_JUDGE_API_KEY", free=True)
     judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
@@ -447,7 +447,9 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         "code": {file.name: digest(file) for file in (HERE / f"{stage}.py", HERE / "common.py") if file.is_file()},
         "complete": False,
     }
-    there, way_out = [o for o in outputs if o.exists()], "choose another directory, or pass --overwrite to redo this"
+    # a stage that failed before its first row has left an empty file, where nothing is made
+    there = [output for output in outputs if output.is_dir() or (output.exists() and output.stat().st_size)]
+    way_out = "choose another directory, or pass --overwrite to redo this"
     if there and not args.overwrite:  # where nothing is made nothing can differ
         old = read_record(path)
         check(old, f"{there[0]} is there without {path.name}, so it is left alone; {way_out}")
@@ -465,7 +467,7 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         record["code"], now = old.get("code", record["code"]), record["code"]
         if edited := [name for name in now if record["code"].get(name) != now[name]]:
             warn(f"{' and '.join(edited)} changed since what is in {path.parent} was made; --overwrite redoes it")
-        whole = len(there) == len(outputs) and old.get("rows") in (None, count_lines(outputs[0]))
+        whole = all(output.exists() for output in outputs) and old.get("rows") in (None, count_lines(outputs[0]))
         record = {**old, **record, "complete": bool(old.get("complete")) and whole}
     wait_for_all()  # all have read what was there
     # the record is written as incomplete before anything else changes
@@ -1605,8 +1607,8 @@ def judge_defaults(args) -> tuple[list[list[str]], dict]:
         try:
             filled = judge_prompt(objectives, "", "RESPONSE", True, args.judge_template)
         except (KeyError, IndexError, ValueError) as error:
-            told = f"{first_line(error)} is no field of common.JUDGE_TEMPLATE; other braces stand twice"
-            raise UserError(f"--judge_template: {told}") from None
+            fields = "{count} {dimensions} {fields} {instruction_part} {response}; write other braces as {{ and }}"
+            raise UserError(f"--judge_template: {first_line(error)} is none of its fields, {fields}") from None
         check("RESPONSE" in filled, "--judge_template: {response} is not in it; see common.JUDGE_TEMPLATE")
         if args.scorer or args.score_mode == "choice":
             other = "--scorer" if args.scorer else "--score_mode choice, which asks common.QUESTIONS"
@@ -1836,7 +1838,8 @@ def check_judge(engine: Engine, args, objectives, probes: list[dict], record: di
         return rows
 
     longest = [max(probe["better"], probe["worse"], key=len) for probe in probes]
-    texts = [judge_prompt(objectives, probe["prompt"], text, True) for probe, text in zip(probes, longest, strict=True)]
+    asked = zip(probes, longest, strict=True)
+    texts = [judge_prompt(objectives, probe["prompt"], text, True, args.judge_template) for probe, text in asked]
     sizes = [(text_size(as_messages(text)) + args.judge_max_new_tokens, 2) for text in texts]
     return map_rows(score, probes, sizes, record, output, engine, "judge check")
 

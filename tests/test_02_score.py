@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from conftest import CHAT, read_rows, write_rows
@@ -103,6 +104,11 @@ def test_an_own_scorer_needs_no_model(stage, fails, tmp_path, monkeypatch):
         assert "warning: common.py changed since what is in" in stage(*options, run_dir=run_dir)[1]
     assert "det Σ of 3 objectives is 0 with so few responses a prompt: sample with --n 4" in stage(*options)[1]
     scorer.write_text(scorer.read_text().replace("2.5", "4"))
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(run_dir / "02_args.json", other)
+    (other / "02_scores.jsonl").touch()
+    stage(*options, run_dir=other)  # one that failed before its first row has made nothing
     stage(*options, run_dir=run_dir, run=refusing(fails, "--scorer is another than when 02_score.py ran"))
 
 

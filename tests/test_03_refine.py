@@ -234,15 +234,29 @@ def test_the_judge_is_that_of_stage_2(ok, tiny, tmp_path):
     """Objectives, mode, words and scorer are taken from its record; another one is warned of."""
     rows = [{"id": i, "prompt": "x", "responses": [{"text": t} for t in ("a b", "c d")]} for i in range(2)]
     write_rows(tmp_path / "01_samples.jsonl", rows)
-    options = ("--objectives", "honesty", "harmlessness", "helpfulness", "--score_mode", "expected")
-    options += ("--no-with_instruction", "--no-judge_check", "--model", tiny())
-    ok("02_score", "--run_dir", tmp_path, *options)
+    names = ("--objectives", "honesty", "harmlessness", "helpfulness")
+    options = ("--score_mode", "expected", "--no-with_instruction", "--no-judge_check", "--model", tiny())
+    ok("02_score", "--run_dir", tmp_path, *names, *options)
     out, err = ok("03_refine", "--run_dir", tmp_path, "--max_new_tokens", 4)
     assert "(expected)" in out and err.count("warning") == 0, err
     assert all(len(row["refined"]["scores"] or "abc") == 3 for row in read_rows(tmp_path / "03_refined.jsonl"))
     options = ("--max_new_tokens", 4, "--score_mode", "constrained", "--overwrite")
     _, err = ok("03_refine", "--run_dir", tmp_path, *options)
-    assert "--score_mode constrained, but stage 2 had expected" in err
+    assert "warning: --score_mode: not as in stage 2, so its scores" in err
+    # its content counts: a function of one's own is another one once its file is edited
+    own = tmp_path / "own.py"
+    own.write_text("def score(prompts, responses):\n    return [[1, 2, 3] for _ in responses]\n")
+    place = ("--run_dir", tmp_path, "--overwrite")
+    _, err = ok("03_refine", *place, "--max_new_tokens", 4, "--scorer", f"{own}:score")
+    assert "warning: --scorer: not as in stage 2" in err
+    ok("02_score", *place, "--model", tiny(), "--no-judge_check", "--scorer", f"{own}:score", *names)
+    out, err = ok("03_refine", *place, "--max_new_tokens", 4)
+    assert err.count("warning") == 0 and f"judged by {own}:score\n" in out
+    own.write_text(own.read_text().replace("3]", "4]"))
+    record = (tmp_path / "02_args.json").read_text()
+    (tmp_path / "02_args.json").write_text(record.replace('"common.py": "', '"common.py": "0'))
+    _, err = ok("03_refine", *place, "--max_new_tokens", 4)
+    assert "warning: --scorer, common.py: not as in stage 2" in err
 
 
 @pytest.mark.parametrize(
