@@ -964,6 +964,14 @@ class Engine:
         """Tokens of a conversation, up to where the assistant begins to write; 0 where nobody can tell."""
         return 0
 
+    def complete(self, chats: list[list[dict]], seeds: list[int], **sampling) -> list[Completion | None]:
+        """A completion of each conversation, drawn with its seed; None for one that is refused."""
+        raise NotImplementedError(f"{type(self).__name__} has no `complete`")
+
+    def choose(self, chats: list, skeleton: list[str], options: list[str]) -> list[list[Choice] | None]:
+        """One of the options for each blank between the skeleton's parts, with all options' log-probabilities."""
+        raise UserError(f"{self.title} tells no probabilities of options: pass --score_mode json, or a --scorer")
+
     def count(self, tokens_in: int = 0, tokens_out: int = 0) -> None:
         """Adds to the tokens read and written; the bar shows itself now and then while a batch is under way."""
         self.tokens_in, self.tokens_out = self.tokens_in + tokens_in, self.tokens_out + tokens_out
@@ -1008,27 +1016,19 @@ class Local(Engine):
 
     def complete(self, chats: list[list[dict]], seeds: list[int], **sampling) -> list[Completion]:
         """A completion of each conversation, as one batch; `sampling` as for `generate`."""
-        import torch
+        written = functools.partial(self.count, 0)
 
-        prompts, written = [self.encode(chat) for chat in chats], functools.partial(self.count, 0)
-        try:
-            completions = chats and generate(self.model, self.tokenizer, prompts, seeds, on_tokens=written, **sampling)
+        def work(prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
+            completions = generate(self.model, self.tokenizer, prompts, seeds, on_tokens=written, **sampling)
             self.count(sum(map(len, set(map(tuple, prompts)))))  # equal prompts are read once
             return completions
-        except torch.OutOfMemoryError as error:
-            check_halves(error, len(chats))
-        return in_halves(self.complete, chats, seeds, **sampling)
+
+        return in_halves(work, [self.encode(chat) for chat in chats], seeds)
 
     def choose(self, chats: list[list[dict]], skeleton: list[str], options: list[str]) -> list[list[Choice]]:
         """Fills the blanks between the skeleton's parts with the options; see `choose_options`."""
-        import torch
-
-        rows = [self.encode(chat) for chat in chats]
-        try:
-            return rows and choose_options(self.model, self.tokenizer, rows, skeleton, options, on_tokens=self.count)
-        except torch.OutOfMemoryError as error:
-            check_halves(error, len(chats))
-        return in_halves(self.choose, chats, skeleton=skeleton, options=options)
+        work = lambda rows: choose_options(self.model, self.tokenizer, rows, skeleton, options, self.count)  # noqa: E731
+        return in_halves(work, [self.encode(chat) for chat in chats])
 
 
 def tokens_in_memory(config) -> int:
@@ -1045,21 +1045,20 @@ def tokens_in_memory(config) -> int:
     return memory // 2 // (2 * config.num_hidden_layers * heads * size * width)
 
 
-def check_halves(error: BaseException, count: int) -> None:
-    """After the memory ran out: a warning that it goes on with half, or UserError for a single response."""
-    few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
-    check(count > 1, few)
-    warn(f"out of memory with {count} responses at once: going on with half; see --cached_tokens")
-
-
-def in_halves(work: typing.Callable, *lists: list, **options) -> list:
-    """The results of work on the first and then on the second half of the lists; the memory is freed before."""
+def in_halves(work: typing.Callable, *lists: list) -> list:
+    """work(*lists), or, where the memory runs out, of each half of the lists in turn; [] of empty ones."""
     import torch
 
-    torch.cuda.empty_cache()
-    middle = (len(lists[0]) + 1) // 2
-    first = work(*(items[:middle] for items in lists), **options)
-    return first + work(*(items[middle:] for items in lists), **options)
+    count = len(lists[0])
+    try:
+        return work(*lists) if count else []
+    except torch.OutOfMemoryError as error:
+        few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
+        check(count > 1, few)
+        warn(f"out of memory with {count} responses at once: going on with half; see --cached_tokens")
+    torch.cuda.empty_cache()  # only out here: the handler above keeps what the failed pass held
+    halves = slice((count + 1) // 2), slice((count + 1) // 2, None)
+    return [one for half in halves for one in in_halves(work, *(items[half] for items in lists))]
 
 
 # What servers read as one token where a text spells it; a space behind its first character breaks it. By line: <|x|>
