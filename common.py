@@ -1016,19 +1016,27 @@ class Local(Engine):
 
     def complete(self, chats: list[list[dict]], seeds: list[int], **sampling) -> list[Completion]:
         """A completion of each conversation, as one batch; `sampling` as for `generate`."""
-        written = functools.partial(self.count, 0)
+        import torch
 
-        def work(prompts: list[list[int]], seeds: list[int]) -> list[Completion]:
-            completions = generate(self.model, self.tokenizer, prompts, seeds, on_tokens=written, **sampling)
+        prompts, written = [self.encode(chat) for chat in chats], functools.partial(self.count, 0)
+        try:
+            completions = chats and generate(self.model, self.tokenizer, prompts, seeds, on_tokens=written, **sampling)
             self.count(sum(map(len, set(map(tuple, prompts)))))  # equal prompts are read once
             return completions
-
-        return in_halves(work, [self.encode(chat) for chat in chats], seeds)
+        except torch.OutOfMemoryError as error:
+            check_halves(error, len(chats))
+        return in_halves(self.complete, chats, seeds, **sampling)
 
     def choose(self, chats: list[list[dict]], skeleton: list[str], options: list[str]) -> list[list[Choice]]:
         """Fills the blanks between the skeleton's parts with the options; see `choose_options`."""
-        work = lambda rows: choose_options(self.model, self.tokenizer, rows, skeleton, options, self.count)  # noqa: E731
-        return in_halves(work, [self.encode(chat) for chat in chats])
+        import torch
+
+        rows = [self.encode(chat) for chat in chats]
+        try:
+            return rows and choose_options(self.model, self.tokenizer, rows, skeleton, options, on_tokens=self.count)
+        except torch.OutOfMemoryError as error:
+            check_halves(error, len(chats))
+        return in_halves(self.choose, chats, skeleton=skeleton, options=options)
 
 
 def tokens_in_memory(config) -> int:
@@ -1045,20 +1053,21 @@ def tokens_in_memory(config) -> int:
     return memory // 2 // (2 * config.num_hidden_layers * heads * size * width)
 
 
-def in_halves(work: typing.Callable, *lists: list) -> list:
-    """work(*lists), or, where the memory runs out, of each half of the lists in turn; [] of empty ones."""
+def check_halves(error: BaseException, count: int) -> None:
+    """After the memory ran out: a warning that it goes on with half, or UserError for a single response."""
+    few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
+    check(count > 1, few)
+    warn(f"out of memory with {count} responses at once: going on with half; see --cached_tokens")
+
+
+def in_halves(work: typing.Callable, *lists: list, **options) -> list:
+    """The results of work on the first and then on the second half of the lists; the memory is freed before."""
     import torch
 
-    count = len(lists[0])
-    try:
-        return work(*lists) if count else []
-    except torch.OutOfMemoryError as error:
-        few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
-        check(count > 1, few)
-        warn(f"out of memory with {count} responses at once: going on with half; see --cached_tokens")
-    torch.cuda.empty_cache()  # only out here: the handler above keeps what the failed pass held
-    halves = slice((count + 1) // 2), slice((count + 1) // 2, None)
-    return [one for half in halves for one in in_halves(work, *(items[half] for items in lists))]
+    torch.cuda.empty_cache()
+    middle = (len(lists[0]) + 1) // 2
+    first = work(*(items[:middle] for items in lists), **options)
+    return first + work(*(items[middle:] for items in lists), **options)
 
 
 # What servers read as one token where a text spells it; a space behind its first character breaks it. By line: <|x|>
