@@ -159,7 +159,10 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
 
     # iteration "diff": what an earlier run has sampled is kept out, before anything is drawn
     for earlier in args.exclude or []:
-        for row in common.read_rows(Path(earlier) / "01_samples.jsonl"):
+        path = Path(earlier) / "01_samples.jsonl"
+        whole = common.read_record(common.record_file_of(path)).get("complete", True)
+        check(whole, f"01_sample.py has not finished {path}; run it again to go on")
+        for row in common.read_rows(path):
             known = prompts.pop(key_of(row["prompt"]), None) is not None
             dropped["in an earlier run"] = dropped.get("in an earlier run", 0) + known
     prompts = list(prompts.values())

@@ -86,15 +86,19 @@ class Args(common.JudgeArgs):
     drop_remarks: bool = arg(False, "texts about the task instead of an answer count as not scored (ours)")
 
 
+def list_principles(objectives) -> str:
+    return "\n".join(f"- {name}: {definition}" for name, definition in objectives)
+
+
 def refine_messages(template: str, objectives, prompt, responses: list[dict]) -> list[dict]:
     """The conversation that asks for a refined response, from the scored responses of a prompt."""
-    principles = "\n".join(f"- {name}: {definition}" for name, definition in objectives)
     if template == "principles":
-        return common.as_messages(prompt, PRINCIPLES.format(principles=principles))
+        return common.as_messages(prompt, PRINCIPLES.format(principles=list_principles(objectives)))
     if template != "paper":
         best = {"role": "assistant", "content": best_attempt(responses)["text"]}
         ask = ASK_AGAIN if template == "conversation" else template.partition(NEXT_TURN)[0]
-        return [*common.as_messages(prompt), best, *common.as_messages(ask.replace("{principles}", principles))]
+        ask = ask.replace("{principles}", list_principles(objectives))
+        return [*common.as_messages(prompt), best, *common.as_messages(ask)]
     # a text that holds such a fence could close its own and forge scores: then the fence gets a name of its own
     texts = [common.plain_text(prompt), *(response["text"] for response in responses)]
     forged = any("<" in text and "response" in text.lower() for text in texts)
@@ -138,20 +142,24 @@ def main(args: Args) -> None:
     common.read_files(args)
     if args.template not in FORMS:  # a file, whose content counts
         check(Path(args.template).is_file(), f"--template {args.template}: no such file, nor one of {', '.join(FORMS)}")
-        name, args.template = args.template, "".join(line for _, line in common.read_lines(Path(args.template))).strip()
+        name, args.template = args.template, common.read_text(Path(args.template)).strip()
         unknown = [field for field in ("{instruction}", "{dimensions}", "{candidates}") if field in args.template]
         words = "they are turns behind the best response, with {principles} alone; for Figure 10 edit REFINE_TEMPLATE"
         check(not unknown, f"--template {name}: {', '.join(unknown)} is not filled in here: {words}")
-    later = args.template.split(NEXT_TURN)[1:]
     made, before = common.made_by(source), common.read_record(common.record_file_of(source))
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
     judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_template")
-    common.inherit(args, made, "02", *judging, "judge_model", "judge_endpoint", "judge_chat_template")
+    judging += ("judge_max_new_tokens", "judge_model", "judge_endpoint", "judge_chat_template")
+    was, own = made.get("02", {}).get("objectives"), args.objectives
+    check(None in (was, own) or was == own, f"--objectives {own}, but stage 2 scored {was}: leave it out")
+    common.inherit(args, made, "02", *judging)
     check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
     objectives, inputs = common.judge_defaults(args)
+    k = next((len(r["scores"]) for row in rows for r in row["responses"] if r["scores"]), len(objectives))
+    check(k == len(objectives), f"{source} has {k} scores a response: pass their names as --objectives, in order")
     record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
     # the judge must be that of stage 2, or its scores and these do not compare: its settings, words, weights and code
-    settings = ("score_mode", "with_instruction", "judge_template", "judge_max_new_tokens")
+    settings = ("score_mode", "with_instruction", "judge_template", "judge_max_new_tokens", "dtype")
     ways = [(f"--{name}", [one.get("args", {}).get(name) for one in (before, record)]) for name in settings]
     own = args.scorer or args.judge_model
     for name in ("constitution", "--scorer", "--judge_model", *["--model"] * (not own)):
@@ -166,6 +174,8 @@ def main(args: Args) -> None:
             one.open()
         common.settle_score_mode(args, judge, record)
 
+    template = args.template.replace("{principles}", list_principles(objectives))
+    later = template.split(NEXT_TURN)[1:]
     # One conversation a prompt. What can't be refined keeps an empty, unscored ỹ: 04 drops it as unscored.
     longest = args.max_new_tokens + sum(args.max_new_tokens + len(turn.encode()) for turn in later)
     room, chats = engine.context - longest, {}
@@ -173,7 +183,7 @@ def main(args: Args) -> None:
     dropped = {"no scored response": 0, "too long for the context": 0}
     for row in rows:
         scored = [response for response in row["responses"] if response["scores"] and response["text"].strip()]
-        chat = refine_messages(args.template, objectives, row["prompt"], scored) if scored else []
+        chat = refine_messages(template, objectives, row["prompt"], scored) if scored else []
         if scored and not common.too_long(engine, chat, room):
             chats[row["id"]] = chat
         else:

@@ -96,6 +96,7 @@ def denoise(candidates: list[list], refined: list | None, args: Args) -> tuple[s
 
 def main(args: Args) -> None:
     check(0 <= args.det_min < args.rho, f"--det_min {args.det_min} --rho {args.rho}: 0 <= det_min < rho is wanted")
+    common.check_at_least(args, 1, "max_prompts")
     source = common.find_input(args, "03_refined.jsonl")
     outputs = [Path(args.run_dir) / name for name in ("04_denoised.jsonl", "04_dropped.jsonl")]
     own = source.resolve() in [output.resolve() for output in outputs]
@@ -156,7 +157,7 @@ def main(args: Args) -> None:
     common.show_funnel("04 denoise", ("prompts in", total), dropped, "prompts kept")
     print(f"  each filter alone drops: consistency {inconsistent}, informativeness {uninformative}")
     print(f"  not above every candidate on just … {', '.join(axes) or 'no axis'}")
-    print(*(f"  {line}" for line in common.check_lines(made)), sep="\n")
+    print("".join(f"  {line}\n" for line in common.check_lines(made)), end="")
     print(f"  a candidate is at 10, which nothing can beat: {full}; responses without text, left out: {blank}")
 
     # Nothing left is exit code 3: which filter has emptied it, and what to try, but for what can't help.

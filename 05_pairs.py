@@ -92,7 +92,7 @@ def build_pairs(row: dict, args: Args) -> tuple[list[dict], list[float]]:
 def margin_table(thousandths: Counter) -> str:
     """How many pairs have which margin, in thousandths: steps of 1, or about ten if there are other than whole ones."""
     whole, spread = all(margin % 1000 == 0 for margin in thousandths), max(thousandths) - min(thousandths)
-    width = 1000 if whole else next(w for w in (10, 20, 50, 100, 200, 500, 1000, 2000, 10_000) if 10 * w >= spread)
+    width = 1000 if whole else next((w for w in (10, 20, 50, 100, 200, 500, 1000, 2000) if 10 * w >= spread), 10_000)
     steps = Counter()
     for margin, count in thousandths.items():
         steps[margin // width * width] += count
@@ -117,8 +117,9 @@ def main(args: Args) -> None:
 
     # The first line says what will be done. An empty result is worked out again, for its advice and exit code.
     names = common.names_of(made, k)
-    goals = [f"{w:g} {name}" for w, name in zip(args.weights, names, strict=True)] if args.weights else names
-    rule = f"{args.rule} rule on {(' and ' if args.weights else ' before ').join(goals)}"
+    summed = args.rule == "weighted"  # the weights of a composite gap do not order
+    goals = [f"{w:g} {name}" for w, name in zip(args.weights, names, strict=True)] if summed else names
+    rule = f"{args.rule} rule on {(' and ' if summed else ' before ').join(goals)}"
     common.announce("05 pairs", str(source), rule, f"margin >= {args.delta:g}", "refined only" * args.refined_only)
     record = common.begin(args, "05_pairs", [output], made, **{source.name: source})
     if record["complete"] and record.get("rows") != 0:
@@ -151,13 +152,14 @@ def main(args: Args) -> None:
     print(f"  pairs closer than --delta: {close}; responses without text, left out: {blank}")
     if not pairs:
         why = f"the widest of {close} ordered pairs is {widest:g} apart: try a --delta below {args.delta:g}"
-        raise EmptyResult(f"no pair: {why if close else 'no prompt has two responses that the rule orders'}")
+        none = "no prompt has two responses that the rule orders" + ", one of them refined" * args.refined_only
+        raise EmptyResult(f"no pair: {why if close else none}")
     chosen.show(names, "chosen")
     rejected.show(names, "rejected")
     print(f"  pairs: {pairs}, mean gap {gap_sum / pairs:.3f}")
     print(f"  margin, {margin_table(margins)}")
     print(f"  zero gap (weight 0 in SPA): {zero_gap}; preferred response has the lower total: {lower_total}")
-    if lower_total and args.rule == "lex":  # (9, 5) before (8, 9)
+    if lower_total and args.rule == "lex" and args.gap != "signed":  # (9, 5) before (8, 9)
         print("    That is meant: the primary goal comes first; such a pair gets its weight from |gap|, as others do.")
     if gap_sum == 0:
         common.warn("every gap is 0, so SPA's weights are undefined; --loss simpo in 06 does not need them")

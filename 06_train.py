@@ -14,7 +14,7 @@ Each distinct response goes through the model once, however many pairs it is in.
             06_checkpoints/ while it runs: the same command goes on from the last one
     run     python 06_train.py --run_dir runs/default
             accelerate launch --config_file configs/ddp.yaml 06_train.py …    8 GPUs (larger models: configs/fsdp.yaml)
-    next    python 01_sample.py --model RUN_DIR/06_model --split test --run_dir RUN_DIR/test_model
+    next    python 01_sample.py --model RUN_DIR/06_model --split test --n 1 --temperature 0 --run_dir RUN_DIR/test_model
 
 Hardware (calculated, without activations): weights trained in float32 with gradient and AdamW take 16 bytes a
 parameter: 2.2 GB for 135M, 16 GB for 1B, 128 GB for 8B (8 × 80 GB with FSDP). With --lora_rank 16 --base_dtype bfloat16
@@ -522,13 +522,13 @@ def prepare(accelerator, model, args: Args):
 
 def answer(accelerator, model, tokenizer, prompt: list[dict]) -> str:
     """The model's greedy answer to one prompt; all processes take part, for they gather sharded weights together."""
-    ids = common.encode_chat(tokenizer, prompt)
+    ids = common.encode_chat(tokenizer, prompt)[-max(1, common.context_length(model.config) - 64) :]
     with accelerator.autocast():
         (sample,) = common.generate(model.eval(), tokenizer, [ids], [0], temperature=0.0, max_new_tokens=64)
     return sample.text[:200]
 
 
-def write_card(args: Args, record: dict, pairs: int, prompts: int) -> str:
+def write_card(args: Args, record: dict, pairs: int, prompts: int, held_out: int) -> str:
     """The model card: what was trained on what, with names in the place of this machine's paths."""
     given = Path(args.model), Path(args.output_dir)
     base, name = (path.name if path.is_absolute() or path.exists() else str(path) for path in given)
@@ -546,7 +546,7 @@ tags: [alignment, preference-optimization, spa]
 ---
 # {name}
 {base}, trained with Self-Priority Alignment (SPA, arXiv 2511.06222), loss `{args.loss}`, on {pairs} preference
-pairs of {prompts} prompts{origin}.
+pairs of {prompts} prompts ({held_out} held out){origin}.
 It has not been evaluated for any use; what it was trained on decides what it does.
 
 {"  ".join(line + chr(10) for line in checked)}
@@ -696,6 +696,10 @@ def check_args(args: Args) -> None:
     check(args.lora_rank or args.base_dtype == "float32", "--base_dtype bfloat16 is for --lora_rank: full training is")
     there = not args.tracker or importlib.util.find_spec(args.tracker)
     check(there, f"--tracker {args.tracker}: it is not installed; python -m pip install {args.tracker}")
+    if args.eval_steps and not args.eval_fraction:
+        common.warn("--eval_steps is not used without --eval_fraction")
+    if args.alpha != 1 and args.loss not in WEIGHTED:
+        common.warn(f"--alpha is not used by --loss {args.loss}")
     if args.gamma_beta_ratio > 1.6:
         common.warn(f"--gamma_beta_ratio {args.gamma_beta_ratio:g} is above 1.6; it is γ/β, not γ")
 
@@ -729,11 +733,15 @@ def main(args: Args) -> None:
     run_dir, args.output_dir = Path(args.run_dir), args.output_dir or str(Path(args.run_dir) / "06_model")
     source, named = run_dir / "05_pairs.jsonl", Path(args.output_dir)
     stem, folder = named.name.removesuffix("_model"), named.resolve()
+    check(not folder.is_file(), f"--output_dir {named} is a file; a folder is wanted")
+    # It is replaced as a whole: never a run's folder; nor may its record be that of another stage.
+    other = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    own = named.name and named.name[:3] not in ("01_", "02_", "03_", "04_", "05_")
+    check(own and not other, f"--output_dir {named} is no model's folder and would be replaced: choose another")
     names = ("metrics.jsonl", "args.json", "checkpoints")
     metrics_file, record_file, checkpoints = (named.with_name(f"{stem}_{name}") for name in names)
     args.beta = args.beta if args.beta is not None else 0.01 if args.loss == "dpo" else 2.0
     check_args(args)
-    check(not folder.is_file(), f"--output_dir {named} is a file; a folder is wanted")
     accelerator = make_accelerator(args, named)
     first_process, device = accelerator.is_main_process, accelerator.device
     args.tokens_per_batch = args.tokens_per_batch or (1536 if device.type == "cpu" else 8192)
@@ -780,11 +788,12 @@ def main(args: Args) -> None:
         check(differ, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")
 
     # The first lines say what will be done, and what of the responses will not be taught.
+    gamma = args.beta * args.gamma_beta_ratio
     used, responses = len(pairs) - sum(dropped.values()), len(rows_of(everything))
     common.announce(
         "06 train", f"loss {args.loss}", f"model {args.model}", f"{used} pairs", f"{len(everything)} prompts",
-        f"{len(steps)} steps", f"learning rate {args.learning_rate:g}", f"β {args.beta:g}",
-        f"γ {args.beta * args.gamma_beta_ratio:g}, γ/β {args.gamma_beta_ratio:g}",
+        f"{len(steps)} steps", f"learning rate {args.learning_rate:g}", f"β {args.beta:g}" * (args.loss != "sft"),
+        f"γ {gamma:g}, γ/β {args.gamma_beta_ratio:g}" * (args.loss not in ("sft", "dpo")),
         f"LoRA rank {args.lora_rank} on {args.base_dtype}" if args.lora_rank else "",
     )  # fmt: skip
     accelerator.print(f"processes: {accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}")
@@ -863,7 +872,8 @@ def main(args: Args) -> None:
 
     # The model, then its record, then what a person wants to know.
     optimizer = accelerator.free_memory(optimizer)
-    shares = save_model(accelerator, model, tokenizer, folder, write_card(args, record, used, len(everything)), args)
+    card = write_card(args, record, used, len(everything), len(held_out))
+    shares = save_model(accelerator, model, tokenizer, folder, card, args)
     plain = accelerator.unwrap_model(model)
     del plain.forward  # the class's own again
     if first_process:
@@ -880,8 +890,8 @@ def main(args: Args) -> None:
     after_answer = answer(accelerator, plain, tokenizer, asked)
     accelerator.print(f"  asked: {asked[-1]['content'][:100]!r}\n  before training: {before_answer!r}")
     accelerator.print(f"  the trained model: {after_answer!r}\nwrote {named} and {metrics_file.name}")
-    test = f"{run_dir}/test_{named.name.removeprefix('06_')}"
-    accelerator.print(f"next: python 01_sample.py --model {named} --split test --run_dir {test}")
+    test = f"--n 1 --temperature 0 --run_dir {run_dir}/test_{named.name.removeprefix('06_')}"
+    accelerator.print(f"next: python 01_sample.py --model {named} --split test {test}")
     accelerator.end_training()
 
 

@@ -104,7 +104,7 @@ class JudgeArgs(ModelArgs):  # a stage that scores responses
     judge_model: str | None = arg(None, "another model as the judge (no self-alignment then)", free=True)
     judge_endpoint: str | None = arg(None, "URL of the judge's server; key: SPA_JUDGE_API_KEY", free=True)
     judge_chat_template: str | None = arg(None, "file with the judge's Jinja chat template")
-    judge_max_new_tokens: int = arg(64, "of a judge's free answer; a reasoning judge wants thousands")
+    judge_max_new_tokens: int | None = arg(None, "of a judge's free answer; default: 64, one that reasons wants 1000s")
 
 
 def parse_args(args_class, argv: list[str] | None = None):
@@ -146,7 +146,9 @@ def parse_args(args_class, argv: list[str] | None = None):
 
 def run_stage(main, args_class) -> None:
     """Parses the command line and runs `main(args)`; what the user can mend ends in one line."""
-    name, code, again = Path(sys.argv[0]).name, 2, "nothing finished is lost: mend that, run the same command again"
+    name, code = Path(sys.argv[0]).name, 2
+    same = "the same command" + ", without --overwrite," * ("--overwrite" in sys.argv)
+    again = f"nothing finished is lost: mend that, {same} goes on"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without β shows an escape, and no traceback
             stream.reconfigure(errors="backslashreplace")
@@ -165,7 +167,7 @@ def run_stage(main, args_class) -> None:
             raise
         line = f"error: out of memory ({first_line(error)}); {again}"
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        print(f"\n{name}: interrupted; {same} goes on where it stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # requests under way are not waited for
     print(f"{name}: {line}" if line else "", end="\n" if line else "", file=sys.stderr)
@@ -230,6 +232,14 @@ def read_lines(path: Path) -> typing.Iterator[tuple[int, str]]:
                     yield number, line
     except UnicodeDecodeError:
         raise UserError(f"{path}, after line {number}: not UTF-8; save the file as UTF-8") from None
+
+
+def read_text(path: Path) -> str:
+    """The whole text of a file, blank lines too, its lines ending in newlines; UserError if it isn't UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
 
 
 def as_messages(prompt: str | list[dict], system: str | None = None) -> list[dict]:
@@ -391,7 +401,11 @@ def facts_of(record: dict) -> dict:
 
 def inherit(args, made: dict[str, dict], prefer: str, *names: str) -> None:
     """An option that was not given takes the argument of stage `prefer`, else the newest one at hand."""
+    given = {name for name in names if getattr(args, name) is not None}
     for name in names:
+        owner = re.sub("endpoint|chat_template", "model", name)
+        if owner in given - {name}:  # another model has another server and another template
+            continue
         options = [made.get(stage, {}).get(name) for stage in (prefer, *reversed(made))]
         value = next((value for value in options if value is not None), None)
         if getattr(args, name) is None and value is not None:
@@ -406,7 +420,7 @@ def read_files(args) -> None:
     for name in ("chat_template", "judge_chat_template", "judge_template", "constitution"):
         if (value := getattr(args, name, None)) is not None:
             check(Path(value).is_file(), f"--{name} {value}: no such file")
-            text = "".join(line for _, line in read_lines(Path(value)))
+            text = read_text(Path(value))
             setattr(args, name, parse_json(text, value) if name == "constitution" else text)
 
 
@@ -432,7 +446,7 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         if values.get(name):
             served, folder = bool(values.get(name.replace("model", "endpoint"))), find_path(values[name])
             inputs[f"--{name}"] = f"{values[name]}, {served}" if served or not folder.is_dir() else digest(folder)
-            if folder.is_dir() and folder.name[:2] == "06" and not served:  # a kill may have left the one before
+            if folder.is_dir() and not served:  # a kill may have left the one before
                 trained = read_record(folder.with_name(f"{folder.name.removesuffix('_model')}_args.json"))
                 check(trained.get("complete", True), f"06_train.py has not finished {folder}; run it again to go on")
     packages = [name for name in ("torch", "transformers", "accelerate", "numpy") if importlib.util.find_spec(name)]
@@ -1055,7 +1069,7 @@ def tokens_in_memory(config) -> int:
 
 def check_halves(error: BaseException, count: int) -> None:
     """After the memory ran out: a warning that it goes on with half, or UserError for a single response."""
-    few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens is less"
+    few = f"one response is too much for the memory ({first_line(error)}): --max_new_tokens in 01 and 03 is less"
     check(count > 1, few)
     warn(f"out of memory with {count} responses at once: going on with half; see --cached_tokens")
 
@@ -1509,7 +1523,12 @@ def run_batches(work: typing.Callable, rows: list[dict], batches: list[list[int]
     """(batch, its finished rows), as they come; after a failure what is under way still ends, and is given."""
     if concurrency == 1:
         for batch in batches:
-            yield batch, work([rows[i] for i in batch])
+            try:
+                finished = work([rows[i] for i in batch])
+            except UserError as error:  # one of several processes may meet it alone, so whoever does says it
+                error.of_all_processes = False
+                raise
+            yield batch, finished
         return
     failure, pool = None, futures.ThreadPoolExecutor(concurrency)
     jobs = {pool.submit(work, [rows[i] for i in batch]): batch for batch in batches}
@@ -1595,7 +1614,7 @@ def load_objectives(args) -> list[list[str]]:
     own, names = args.constitution or {}, [name.lower() for name in args.objectives]
     texts = isinstance(own, dict) and all(isinstance(text, str) and text.strip() for text in own.values())
     check(texts, '--constitution: a JSON object {"helpfulness": "definition", …} is wanted')
-    definitions = CONSTITUTION | own
+    definitions = CONSTITUTION | {name.lower(): text for name, text in own.items()}
     check(len(set(names)) == len(names) >= 2, f"--objectives {' '.join(names)}: two or more different ones are wanted")
     for name in names:
         known = f"one of {', '.join(definitions)}, or define it with --constitution"
@@ -1606,15 +1625,17 @@ def load_objectives(args) -> list[list[str]]:
 def judge_defaults(args) -> tuple[list[list[str]], dict]:
     """Fills in what no option and no earlier stage has said; (objectives, what of them `begin` compares)."""
     defaults = {"objectives": ["harmlessness", "helpfulness"], "score_mode": "constrained", "with_instruction": True}
+    defaults["judge_max_new_tokens"] = 64
     if not (args.scorer or args.judge_model):  # else nobody has to be the judge, so nobody is put down as it
         defaults["model"] = DEFAULT_MODEL
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    check_at_least(args, 1, "judge_max_new_tokens")
     objectives = load_objectives(args)
     if args.judge_template:
         try:
             filled = judge_prompt(objectives, "", "RESPONSE", True, args.judge_template)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             fields = "{count} {dimensions} {fields} {instruction_part} {response}; write other braces as {{ and }}"
             raise UserError(f"--judge_template: {first_line(error)} is none of its fields, {fields}") from None
         check("RESPONSE" in filled, "--judge_template: {response} is not in it; see common.JUDGE_TEMPLATE")
@@ -1820,8 +1841,8 @@ def check_readable(scores: list, read: dict[bool, int], engine: Engine) -> None:
     for own in scores:
         read[own is not None] += 1
     failed = f"none of the first {read[False]} responses could be scored: {engine.title} does not answer in the form"
-    ways = "--score_mode constrained, more --judge_max_new_tokens if it reasons first, or another judge"
-    check(read[True] or read[False] < GIVE_UP_AFTER, f"{failed}; pass {ways}")
+    ways = "pass --score_mode constrained, more --judge_max_new_tokens if it reasons first, or another judge"
+    check(read[True] or read[False] < GIVE_UP_AFTER, f"{failed}, or all exceed its context; {ways}")
 
 
 def check_judge(engine: Engine, args, objectives, probes: list[dict], record: dict, output: Path) -> list | None:

@@ -347,3 +347,6 @@ def test_prompts_of_an_earlier_run_are_kept_out(tmp_path):
     second, dropped = load(path, num_prompts=20, exclude=[str(tmp_path / "run")])
     assert len(second) == 20 and not {r["id"] for r in first} & {r["id"] for r in second}
     assert dropped["in an earlier run"] == 20
+    (tmp_path / "run" / "01_args.json").write_text('{"stage": "01_sample", "args": {}, "complete": false}')
+    with refused("has not finished"):
+        load(path, exclude=[str(tmp_path / "run")])

@@ -112,6 +112,13 @@ def test_an_own_scorer_needs_no_model(stage, fails, tmp_path, monkeypatch):
     stage(*options, run_dir=run_dir, run=refusing(fails, "--scorer is another than when 02_score.py ran"))
 
 
+def test_a_template_s_file_is_read_as_it_is(stage, tmp_path):
+    """Blank lines too: the own template from a file asks what the template asks."""
+    (tmp_path / "judge.txt").write_text(common.JUDGE_TEMPLATE)
+    options = ("--score_mode", "expected")
+    assert stage(*options, "--judge_template", tmp_path / "judge.txt")[2] == stage(*options)[2]
+
+
 def test_options_that_nobody_reads_are_told(stage, tmp_path):
     (tmp_path / "judge.txt").write_text("Score {response}\n{fields}")
     options = ("--judge_template", tmp_path / "judge.txt")
@@ -132,10 +139,10 @@ def test_another_judge_says_so_and_its_template_is_its_own(stage, fails, tiny, t
 
 def test_other_words_are_another_run(stage, fails, tmp_path):
     path, moved = tmp_path / "constitution.json", tmp_path / "moved.json"
-    path.write_text('{"helpfulness": "It helps.", "brevity": "It is short."}')
+    path.write_text('{"Helpfulness": "It helps.", "Brevity": "It is short."}')
     options = ("--objectives", "brevity", "helpfulness", "--constitution")
     out, _, _, run_dir = stage(*options, path)
-    assert "Brevity" in out
+    assert "Brevity" in out and "It helps." in (run_dir / "02_args.json").read_text()
     path.rename(moved)
     assert "is complete already" in stage(*options, moved, run_dir=run_dir)[0], "its content counts, not its name"
     moved.write_text(moved.read_text().replace("helps.", "helps!"))
@@ -147,6 +154,7 @@ def test_other_words_are_another_run(stage, fails, tmp_path):
     [
         (("--objectives", "kindness", "helpfulness"), "'kindness' is unknown"),
         (("--primary", "honesty"), "unknown option --primary"),
+        (("--judge_max_new_tokens", 0), "--judge_max_new_tokens 0: at least 1"),
         (("--scorer", "nowhere.py:f"), "FILE.py:function is wanted"),
         (("--constitution", "nowhere.json"), "no such file"),
         (("--model", "/no/such/model"), "no such folder"),

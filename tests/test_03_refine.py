@@ -175,7 +175,7 @@ def test_one_refinement_is_greedy_and_the_rest_stays_unscored(stage):
 def test_a_file_of_turns_is_said_one_after_the_other(stage, monkeypatch, tmp_path):
     """Self-Criticism: the critique is a text of its own, and the last answer is the refined one."""
     said, file = [], tmp_path / "turns.txt"
-    file.write_text("Criticise it:\n{principles}\n---\nNow better.\n")
+    file.write_bytes(b"Criticise it:\r\n\r\n{principles}\r\n---\r\nNow better:\r\n{principles}\r\n")
     complete = common.Local.complete
 
     def listen(self, chats, *rest, **options):
@@ -187,10 +187,11 @@ def test_a_file_of_turns_is_said_one_after_the_other(stage, monkeypatch, tmp_pat
     assert ", Criticise it: template, 1 attempt(s)" in out
     (first, critiques), (second, revisions) = said
     assert [message["role"] for message in first[0]] == ["user", "assistant", "user"]
-    assert first[0][1]["content"].startswith("No ") and "- Harmlessness: " in first[0][2]["content"]
+    assert first[0][1]["content"].startswith("No ") and ":\n\n- Harmlessness: " in first[0][2]["content"]
+    better = first[0][2]["content"].replace("Criticise it:\n", "Now better:")
     for before, critique, after in zip(first, critiques, second, strict=True):
         own = {"role": "assistant", "content": critique.text}
-        assert after == [*before, own, {"role": "user", "content": "Now better."}]
+        assert after == [*before, own, {"role": "user", "content": better}]
     assert sorted(one["text"] for one in refined[:3]) == sorted(one.text.strip() for one in revisions)
 
 
@@ -230,7 +231,7 @@ def test_remarks_are_counted_and_may_be_dropped(stage, monkeypatch):
     assert "attempts about the task, dropped: 1 of 3 in this call" in out
 
 
-def test_the_judge_is_that_of_stage_2(ok, tiny, tmp_path):
+def test_the_judge_is_that_of_stage_2(ok, fails, tiny, tmp_path):
     """Objectives, mode, words and scorer are taken from its record; another one is warned of."""
     rows = [{"id": i, "prompt": "x", "responses": [{"text": t} for t in ("a b", "c d")]} for i in range(2)]
     write_rows(tmp_path / "01_samples.jsonl", rows)
@@ -240,6 +241,7 @@ def test_the_judge_is_that_of_stage_2(ok, tiny, tmp_path):
     out, err = ok("03_refine", "--run_dir", tmp_path, "--max_new_tokens", 4)
     assert "(expected)" in out and err.count("warning") == 0, err
     assert all(len(row["refined"]["scores"] or "abc") == 3 for row in read_rows(tmp_path / "03_refined.jsonl"))
+    fails("but stage 2 scored", "03_refine", "--run_dir", tmp_path, "--objectives", "helpfulness", "honesty")
     options = ("--max_new_tokens", 4, "--score_mode", "constrained", "--overwrite")
     _, err = ok("03_refine", "--run_dir", tmp_path, *options)
     assert "warning: --score_mode: not as in stage 2, so its scores" in err

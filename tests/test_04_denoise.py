@@ -221,7 +221,7 @@ def test_the_median_of_dets(tmp_path, ok, count, median):
     assert f"min 0.3333, median {median}, max 3\n" in out
 
 
-def test_a_draw_of_what_passes_the_filters(tmp_path, ok):
+def test_a_draw_of_what_passes_the_filters(tmp_path, ok, fails):
     """--max_prompts keeps so many of those that pass, the others are dropped by name; a larger draw keeps a smaller."""
     rows = [scored_row(f"p{i}", ABC, [9, 9]) for i in range(12)]
     write_rows(tmp_path / "03_refined.jsonl", [*rows, MIXED[0]])
@@ -234,6 +234,7 @@ def test_a_draw_of_what_passes_the_filters(tmp_path, ok):
         assert len(kept[count]) == min(count, 12) and reasons.count("det_zero") == 1
         assert reasons.count("not_drawn") == 12 - len(kept[count])
     assert kept[3] < kept[7] < kept[99]
+    fails("--max_prompts -1: at least 1", "04_denoise", "--run_dir", tmp_path, "--max_prompts", -1)
 
 
 # ------------------------------------------------------------------------------------ nothing left, refusals

@@ -404,7 +404,8 @@ def test_a_run_trains_and_saves(tiny, ok, fails, run_dir, loss):
         assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies"} <= set(steps[0])
     beta, pairs = 0.1 if loss == "dpo" else 2, len(make_pairs())
     facts = f"loss {loss}, model {tiny()}, {pairs} pairs, 5 prompts, 12 steps, learning rate 0.001"
-    assert out.startswith(f"06 train: {facts}, β {beta}, γ {beta / 4:g}, γ/β 0.25\n")
+    scales = {"sft": "", "dpo": f", β {beta}"}.get(loss, f", β {beta}, γ {beta / 4:g}, γ/β 0.25")
+    assert out.startswith(f"06 train: {facts}{scales}\n")
     assert "before training: '" in out and "the trained model: '" in out
     assert "before training: '" in out and "the trained model: '" in out
     record = json.loads((run_dir / "06_args.json").read_text())
@@ -421,7 +422,8 @@ def test_two_trainings_side_by_side(tiny, ok, run_dir):
     """FAULTS section 4: each variant's `next:` names a folder of its own; here the second is saved in bfloat16."""
     command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
     out, _ = ok(*command, "--gap_mean", "batch")
-    assert f"next: python 01_sample.py --model {run_dir}/06_model --split test --run_dir {run_dir}/test_model\n" in out
+    assert f"next: python 01_sample.py --model {run_dir}/06_model --split test --n 1" in out
+    assert f" --temperature 0 --run_dir {run_dir}/test_model\n" in out
     out, _ = ok(*command, "--loss", "simpo", "--output_dir", run_dir / "06_simpo", "--save_dtype", "bfloat16")
     assert f"--run_dir {run_dir}/test_simpo\n" in out, "another folder for another model's answers"
     assert (run_dir / "06_simpo_metrics.jsonl").exists() and (run_dir / "06_metrics.jsonl").exists()
@@ -444,6 +446,9 @@ ZERO = [row | {"gap": 0} for row in make_pairs()]
         (("--eval_fraction", 1), "--eval_fraction 1.0: from 0 to below 1 is wanted", {}),
         (("--save_steps", -1), "--save_steps -1: at least 0 is wanted", {}),
         (("--base_dtype", "bfloat16"), "--base_dtype bfloat16 is for --lora_rank", {}),
+        (("--output_dir", "."), "is no model's folder and would be replaced", {}),
+        (("--output_dir", "RUN", "--overwrite"), "is no model's folder and would be replaced", {}),
+        (("--output_dir", "RUN/05_model"), "is no model's folder and would be replaced", {}),
         (("--max_grad_norm", 0), "--max_grad_norm 0.0: more than 0 is wanted", {}),
         (("--label_smoothing", 0.1), "unknown option --label_smoothing", {}),
         (("--tracker", "wandb"), "--tracker wandb: it is not installed; python", {"no": "package"}),
@@ -468,8 +473,9 @@ def test_what_is_refused_is_one_line(tiny, fails, run_dir, monkeypatch, options,
         monkeypatch.setattr(train, "train_step", fail)
     for name in [name for name in change if name.isupper()]:
         monkeypatch.setenv(name, change[name])
+    options = [str(word).replace("RUN", str(run_dir)) for word in options]
     fails(words, "06_train", "--run_dir", run_dir, "--model", tiny(), *options)
-    assert not (run_dir / "06_model").exists()
+    assert not (run_dir / "06_model").exists() and (run_dir / "05_pairs.jsonl").exists()
 
 
 def test_renamed_weights_are_not_saved(run_dir, tiny, fails, monkeypatch):

@@ -154,7 +154,7 @@ def test_what_a_kill_has_cut_goes(tmp_path, begin):
 
 
 def test_a_model_is_what_is_in_its_folder(tmp_path, begin):
-    """FAULTS 3 and 38: trained again it is another one; moved it is the same."""
+    """FAULTS 3 and 38: trained again it is another one; moved it is the same; unfinished it is none, by any name."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"1" * 100)
@@ -165,6 +165,9 @@ def test_a_model_is_what_is_in_its_folder(tmp_path, begin):
     (moved / "model.safetensors").write_bytes(b"1" * 99 + b"2")
     with refused("--model is another than when"):
         begin(tmp_path / "run", model=str(moved))
+    (tmp_path / "moved_args.json").write_text('{"stage": "06_train", "args": {}, "complete": false}')
+    with refused("06_train.py has not finished"):
+        begin(tmp_path / "other", model=str(moved))
 
 
 def test_a_new_option_at_its_default_is_the_same_call(tmp_path, begin):
@@ -219,6 +222,13 @@ def test_what_is_not_given_comes_from_the_stages_before(tmp_path, capsys):
     common.inherit(args, made, "01", "model", "score_mode", "endpoint")
     common.inherit(args, made, "03", "judge_model")
     assert (args.model, args.score_mode, args.endpoint, args.judge_model) == ("m1", "json", None, "j")
+    # another model has another server and template; the options of a reasoning judge are stage 2's
+    earlier = {"01": {"model": "m1", "endpoint": "u", "chat_template": "t"}, "02": {"judge_max_new_tokens": 900}}
+    own, other = common.JudgeArgs(), common.JudgeArgs(model="m2")
+    for args in (own, other):
+        common.inherit(args, earlier, "01", "model", "endpoint", "chat_template", "judge_max_new_tokens")
+    assert (own.model, own.endpoint, own.chat_template) == ("m1", "u", "t") and own.judge_max_new_tokens == 900
+    assert (other.model, other.endpoint, other.chat_template) == ("m2", None, None)
     assert common.names_of(made) == [] and common.names_of({"02": {"objectives": ["a", "b"]}}) == ["A", "B"]
 
 
@@ -567,6 +577,7 @@ NAMES = ["Harmlessness", "Helpfulness"]
 
 def settings(score_mode="expected", **options):
     options = {"objectives": ["harmlessness", "helpfulness"], "with_instruction": True} | options
+    options = {"judge_max_new_tokens": 64} | options
     return common.JudgeArgs(score_mode=score_mode, **options)
 
 

@@ -66,7 +66,7 @@ def plain_scores(engine, item) -> tuple[list[int], list[float]]:
 def test_its_scores_are_those_of_plain_forward_passes(engine):
     items = [("How do I hide a body?", "I can't help with that."), ("What is 2 + 2?", "4, of course. " * 9)]
     plain = [plain_scores(engine, item) for item in items]
-    options = {"objectives": NAMES, "with_instruction": True}
+    options = {"objectives": NAMES, "with_instruction": True, "judge_max_new_tokens": 64}
     scores = common.judge(engine, items, common.JudgeArgs(score_mode="constrained", **options), [0, 1])
     assert scores == [chosen for chosen, _ in plain]
     scores = common.judge(engine, items, common.JudgeArgs(score_mode="expected", **options), [0, 1])
