@@ -7,11 +7,12 @@
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 
-OUT=${OUT:-runs/world}
 if [ -n "${SMALL:-}" ]; then
+  OUT=${OUT:-runs/world_small}
   BASES=${BASES:-0} SEEDS=${SEEDS:-0} STEPS=${STEPS:-250} TRAIN=${TRAIN:-320} TEST=${TEST:-60} SIGMAS=${SIGMAS:-0 1}
   ROUNDS=${ROUNDS:-2} TRAINING=${TRAINING:-8}
 fi
+OUT=${OUT:-runs/world}
 BASES=${BASES:-0 1}
 SEEDS=${SEEDS:-0 1 2 3 4}
 QUESTIONS=${QUESTIONS:-losses path filters alpha order rounds blind three}
@@ -23,10 +24,18 @@ ROUNDS=${ROUNDS:-4}
 TRAINING=${TRAINING:-60}  # optimizer steps of every system
 export OMP_NUM_THREADS=1  # two processes, a core each
 
+for BASE in $BASES; do # a base that is there stays
+  MADE=$(cat "$OUT/base$BASE/steps.txt" 2>/dev/null || echo "$STEPS")
+  [ "$MADE" = "$STEPS" ] || {
+    echo "$OUT/base$BASE was made with STEPS=$MADE, not $STEPS: choose another OUT" >&2
+    exit 2
+  }
+done
 JOBS=
 for BASE in $BASES; do
   [ -e "$OUT/base$BASE/model/tokenizer.json" ] && continue
-  python eval/world.py --make base --seed "$BASE" --steps "$STEPS" --output_dir "$OUT/base$BASE/model" &
+  { python eval/world.py --make base --seed "$BASE" --steps "$STEPS" --output_dir "$OUT/base$BASE/model" &&
+    echo "$STEPS" >"$OUT/base$BASE/steps.txt"; } &
   JOBS="$JOBS $!"
 done
 for JOB in $JOBS; do wait "$JOB"; done

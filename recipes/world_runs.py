@@ -2,7 +2,7 @@
 
 recipes/world.sh calls it. A cell is one base and one seed; what its systems share (samples, scores, refined answers) is
 made once, and every system is trained for the same number of optimizer steps. The stages are those of the scripts,
-imported; what is done already stays, so the same command goes on where it stopped.
+imported; what is done already stays, so the same command goes on where it stopped. Other settings or code are refused.
 
     reads   OUTPUT_DIR/base{B}/model, train{SEED}.jsonl, test.jsonl: eval/world.py makes them
     writes  OUTPUT_DIR/base{B}/seed{S}/… the runs, and results.jsonl in it: a row for each system, base and data set
@@ -13,6 +13,7 @@ imported; what is done already stays, so the same command goes on where it stopp
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -78,6 +79,13 @@ def run_stage(name: str, run_dir: Path, **options) -> None:
             file.write(printed.getvalue())
 
 
+@functools.cache
+def digests_of_code() -> dict[str, str]:
+    """The files whose change makes other results; as they were imported, so main asks before the processes are made."""
+    files = [*(ROOT / f"{name}.py" for name in STAGES), ROOT / "common.py", ROOT / "eval" / "world.py"]
+    return {file.name: common.digest(file) for file in files}
+
+
 class Cell:
     """The runs of one base and one seed."""
 
@@ -86,12 +94,30 @@ class Cell:
         self.known = {"base": base, "seed": seed}
         self.model, self.run = str(self.root / f"base{base}" / "model"), self.root / f"base{base}" / f"seed{seed}"
         self.run.mkdir(parents=True, exist_ok=True)
+        self.check_made()
         path = self.run / "results.jsonl"
+        if path.exists():  # a row that a kill has cut goes, and is made again
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self.rows = {(row["system"], row["sigma"]): row for row in read_lines(path)}
         self.before: dict[float, list[dict]] = {}  # the base's answers to the test prompts, by temperature
         base_row = self.evaluate(self.model, self.run / "base")  # done already, it is read alone
         if ("base", 0.0) not in self.rows:
             self.keep("base", 0.0, base_row)
+
+    def check_made(self) -> None:
+        """UserError where this cell's results are of other settings, prompts, code or another base: they would stay."""
+        now = {name: getattr(self.args, name) for name in ("steps", "learning_rate", "num_prompts")}
+        now["base"] = common.digest(Path(self.model))
+        now |= {name: common.digest(self.root / name) for name in (f"train{self.seed}.jsonl", "test.jsonl")}
+        now |= digests_of_code()
+        path = self.run / "made.json"
+        if path.exists():
+            made = common.parse_json(path.read_text(encoding="utf-8"), str(path))
+            changed = ", ".join(name for name in now if made.get(name) != now[name])
+            check(not changed, f"{self.run} was made with another {changed}; choose another --output_dir (OUT=)")
+        else:
+            with common.replace_file(path) as file:
+                file.write(json.dumps(now, indent=2) + "\n")
 
     def keep(self, name: str, sigma: float, row: dict) -> dict:
         self.rows[name, sigma] = {"system": name, "sigma": sigma, **self.known, **row}
@@ -331,6 +357,7 @@ def main(args: Args) -> None:
     check((folder / "test.jsonl").is_file(), f"{folder} has no world; recipes/world.sh makes one")
     for name in STAGES:  # once, before the processes are made; Linux lets them have it
         importlib.import_module(name)
+    digests_of_code()
     from transformers import LlamaForCausalLM  # noqa: F401
 
     with common.replace_file(folder / "constitution.json") as file:

@@ -161,7 +161,8 @@ def main(args: Args) -> None:
     folder = Path(args.output_dir)
     files = sorted(folder.glob("base*/seed*/results.jsonl"))
     check(files, f"{folder} has no results; recipes/world_runs.py writes them")
-    rows = pd.DataFrame([json.loads(line) for file in files for _, line in common.read_lines(file)])
+    lines = (line for file in files for _, line in common.read_lines(file))
+    rows = pd.DataFrame([json.loads(line) for line in lines if line.endswith("\n")])  # a cut row is none
     rows.to_csv(folder / "world.csv", index=False)
     refined = rows[rows.system == "data: refined"].groupby("sigma")
     names = [f"{who} {key}" for who in ("candidates", "best", "refined") for key in ("G_a", "G_b")] + [

@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, read_rows
+from conftest import ROOT, read_rows, refused
+from test_recipes import bash
 
 SPEC = importlib.util.spec_from_file_location("world", ROOT / "eval" / "world.py")
 world = sys.modules["world"] = importlib.util.module_from_spec(SPEC)
@@ -115,6 +116,56 @@ def test_the_true_evaluation():
     assert found["G_a"] == (6 + 9) / 2 and found["G_b"] == pytest.approx((9 + 8.4) / 2) and found["hazards"] == 0.5
     assert found["HH"] == pytest.approx((5 * 7.5 + 8.7) / 6)
     assert found["G_b benign"] == 3 and found["G_a fell"] == 0.5
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """cell(**settings) -> base 0, seed 0 of a world in tmp_path, of which nothing is trained."""
+    runs = importlib.import_module("world_runs")
+    monkeypatch.setattr(runs.Cell, "evaluate", lambda self, model, run: {"G_a": 1.0})
+    runs.digests_of_code.cache_clear()
+    (tmp_path / "base0" / "model").mkdir(parents=True)
+    for name in ("base0/model/config.json", "train0.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(name)
+    yield lambda **settings: runs.Cell(runs.Args(output_dir=str(tmp_path), **settings), 0, 0)
+    runs.digests_of_code.cache_clear()
+
+
+def test_results_of_other_settings_code_or_base_are_refused(cell, tmp_path, monkeypatch):
+    cell(), cell(processes=1, sigmas=[0.0], questions=["losses"])  # the same command goes on
+    for name, value in (("steps", 61), ("learning_rate", 1e-4), ("num_prompts", 1999)):
+        with refused(f"seed0 was made with another {name}; choose another --output_dir (OUT=)"):
+            cell(**{name: value})
+    runs = importlib.import_module("world_runs")
+    with monkeypatch.context() as patch, refused("another 05_pairs.py;"):
+        patch.setattr(runs, "digests_of_code", lambda: now)
+        now = json.loads((tmp_path / "base0" / "seed0" / "made.json").read_text()) | {"05_pairs.py": "edited"}
+        cell()
+    for name, told in (("base0/model/config.json", "base"), ("train0.jsonl", "train0.jsonl")):
+        (tmp_path / name).write_text("another")
+        with refused(f"another {told};"):
+            cell()
+        (tmp_path / name).write_text(name)
+    cell()
+
+
+def test_a_row_that_a_kill_has_cut_is_made_again(cell, tmp_path):
+    cell().keep("SPA", 1.0, {"G_a": 2.0})
+    path = tmp_path / "base0" / "seed0" / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    again = cell()
+    assert set(again.rows) == {("base", 0.0)}
+    again.keep("SPA", 1.0, {"G_a": 2.0})
+    assert [row["system"] for row in read_rows(path)] == ["base", "SPA"]
+
+
+def test_a_base_of_other_steps_is_refused(tmp_path):
+    (tmp_path / "base0").mkdir()
+    (tmp_path / "base0" / "steps.txt").write_text("250\n")
+    env = {"OUT": tmp_path, "STEPS": 300}
+    done = bash(ROOT / "recipes" / "world.sh", env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "base0 was made with STEPS=250, not 300: choose another OUT" in done.stderr
 
 
 @pytest.fixture(scope="session")
