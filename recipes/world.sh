@@ -2,8 +2,8 @@
 # The controlled world (eval/world.py): bases, prompts, all systems of all questions, tables and figure, on two CPU cores.
 #   bash recipes/world.sh            half an hour; the same command goes on where it stopped
 #   SMALL=1 bash recipes/world.sh    minutes, one base and one seed: it shows that everything runs, and nothing else
-# The rate was chosen before, on SimPO at sigma 0, a base and a seed that are in no table:
-#   BASES=99 SEEDS=99 QUESTIONS=rate bash recipes/world.sh
+# The rate was chosen before, on SimPO at sigma 0, a base and a seed that are in no table; the result is in world.csv:
+#   OUT=runs/world_rate BASES=99 SEEDS=99 QUESTIONS=rate bash recipes/world.sh
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 

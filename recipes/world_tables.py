@@ -114,7 +114,7 @@ def make_table(rows: pd.DataFrame, title: str, reference: str, others: list[str]
             digits = 0 if key in ("prompts", "pairs") else 3 if key.startswith("wrong") else 2
             value = own[key].mean() if key in own else math.nan
             row[key] = "" if math.isnan(value) else f"{value:.{digits}f}"
-        for key in ("G_a", "G_b", *["G_c"] * ("Three" in title), "HH"):
+        for key in ("G_a", "G_b", *["G_c"] * ("Three" in title), "HH") if reference in at else ():
             row[f"Δ{key}"] = "" if name == reference else with_interval(own[key] - at[reference][key])
         found.append(row)
     return pd.DataFrame(found)
@@ -173,10 +173,11 @@ def main(args: Args) -> None:
         + markdown(refined[names].mean().round(2).reset_index())
     ]
     for title, (reference, others, sigma) in TABLES.items():
-        asked = reference in set(rows.system)  # of a run for one question the other tables are left out
-        table = make_table(rows, title, reference, others, sigma) if asked else ()
+        table = make_table(rows, title, reference, others, sigma)
+        asked = reference in set(rows.system)  # a run for one question may have trained the others alone
+        against = f"Differences from “{reference}”." if asked else f"No differences: “{reference}” was not trained."
         if len(table) > 1:
-            parts.append(f"## {title}\n\nDifferences from “{reference}”.\n\n" + markdown(table))
+            parts.append(f"## {title}\n\n{against}\n\n" + markdown(table))
     text = "\n\n".join(parts) + "\n"
     (folder / "world.md").write_text(text, encoding="utf-8")
     print(text)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, read_rows, refused
+from conftest import ROOT, read_rows, refused, write_rows
 from test_recipes import bash
 
 SPEC = importlib.util.spec_from_file_location("world", ROOT / "eval" / "world.py")
@@ -166,6 +166,20 @@ def test_a_base_of_other_steps_is_refused(tmp_path):
     done = bash(ROOT / "recipes" / "world.sh", env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "base0 was made with STEPS=250, not 300: choose another OUT" in done.stderr
+
+
+def test_a_run_for_one_question_shows_its_table_without_the_reference(tmp_path, monkeypatch, capsys):
+    tables = importlib.import_module("world_tables")
+    monkeypatch.setattr(tables, "draw", lambda rows, path: None)
+    truths = {f"{who} {key}": 5.0 for who in ("candidates", "best", "refined") for key in ("G_a", "G_b")}
+    rows = [{"system": "data: refined", "refined above all": 0.1, **truths}]
+    rows += [{"system": name, "G_a": 8.0, "G_b": 3.0, "HH": 7.2} for name in ("base", "α=0.5", "α=2", "α=4")]
+    write_rows(tmp_path / "base0" / "seed0" / "results.jsonl", [r | {"sigma": 1.0, "base": 0, "seed": 0} for r in rows])
+    tables.main(tables.Args(output_dir=str(tmp_path)))
+    said = capsys.readouterr().out
+    assert "α trade?\n\nNo differences: “SPA” was not trained.\n\n| system" in said
+    assert "| α=4 | 1 | 8.00 |" in said and "Δ" not in said
+    assert said.count("## ") == 2, "a table of one row is none"
 
 
 @pytest.fixture(scope="session")
