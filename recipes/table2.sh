@@ -22,6 +22,7 @@ fi
 if [ "${MMLU:-yes}" != no ]; then
   for ONE in "${MODELS[@]}"; do
     FOLDER=$RESULTS/lm_eval/${ONE%%=*}
+    [ "${ONE%%=*}" = Vanilla ] || FOLDER=${FOLDER}_$TAG # another RATE is another model
     ANSWERS+=("${ONE%%=*}=$FOLDER")
     [ -e "$FOLDER" ] || python -m lm_eval run --model hf --model_args "pretrained=${ONE#*=},dtype=float32" --tasks mmlu \
       --num_fewshot 5 $MMLU_OPTIONS --log_samples --output_path "$FOLDER"

@@ -131,6 +131,16 @@ def test_settings_that_are_missing_or_wrong(calls):  # noqa: F811
         assert (done.returncode, made) == (2, []) and words in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_mmlu_of_another_rate_is_of_another_model(calls, tmp_path):  # noqa: F811
+    for rate in ("1e-6", "1e-5"):
+        env = {"JUDGE": "--judge_model j", "OUT": tmp_path, "TRAINED_ON": "saferlhf", "RATE": rate}
+        done, made = calls(ROOT / "recipes" / "table2.sh", env=env)
+        assert done.returncode == 0, done.stderr
+        found = [Path(call[-1]).name for call in made if call[1:3] == ["-m", "lm_eval"]]
+        assert found == ["Vanilla", f"SPA_saferlhf_n5_rho30_d2_a1_r{rate}-0"]
+        assert [word.rpartition("/")[2] for word in made[-1] if "lm_eval/" in word] == found
+
+
 @pytest.fixture(scope="module")
 def recipe(tiny, tmp_path_factory):
     """recipe(name, **settings) -> what it printed, at SCALE=small on a tiny model with a function as every judge."""
