@@ -8,5 +8,6 @@ for NAME in $DATASETS; do
   data "$NAME"
   RUNS=()
   for SYSTEM in Vanilla ${SYSTEMS:-SPA}; do evaluate "$SYSTEM"; done
-  python eval/pairwise.py --runs "${RUNS[@]}" --output_dir "$OUT/$JUDGED/figure4/$DATA"
+  # not JUDGING, whose `choice` can't compare two answers
+  python eval/pairwise.py --runs "${RUNS[@]}" $JUDGE --output_dir "$OUT/$JUDGED/figure4/$DATA"
 done

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pairwise
 import pandas as pd
 import pytest
 import soup
@@ -139,6 +140,18 @@ def test_mmlu_of_another_rate_is_of_another_model(calls, tmp_path):  # noqa: F81
         found = [Path(call[-1]).name for call in made if call[1:3] == ["-m", "lm_eval"]]
         assert found == ["Vanilla", f"SPA_saferlhf_n5_rho30_d2_a1_r{rate}-0"]
         assert [word.rpartition("/")[2] for word in made[-1] if "lm_eval/" in word] == found
+
+
+def test_figure4_names_its_judge_s_server(calls, tmp_path):  # noqa: F811
+    for folder in ("Vanilla_saferlhf_test", "saferlhf/lex_n5_rho30_d2-0/answers_SPA_a1_r1e-6_saferlhf_test"):
+        write_rows(tmp_path / folder / "01_samples.jsonl", [{}])
+        (tmp_path / folder / "01_args.json").write_text("{}")
+    env = {"JUDGE": "--judge_model j --judge_endpoint http://x", "OUT": tmp_path, "DATASETS": "saferlhf"}
+    done, made = calls(ROOT / "recipes" / "figure4.sh", env=env)
+    assert done.returncode == 0, done.stderr
+    args = common.parse_args(pairwise.Args, made[-1][2:])
+    assert (args.judge_endpoint, args.score_mode) == ("http://x", None), "a key goes to a server that is named alone"
+    assert [run.partition("=")[0] for run in args.runs] == ["saferlhf:Vanilla", "saferlhf:SPA"]
 
 
 @pytest.fixture(scope="module")
