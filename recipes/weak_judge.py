@@ -55,7 +55,9 @@ def few_shot_template(objectives: list[str]) -> str:
     head, tail = common.JUDGE_TEMPLATE.split("{instruction_part}")
     shown, of = [], {name: iter([p for p in probes if p["objective"] == name]) for name in objectives}
     for objective, side, scores in EXAMPLES:
-        probe = next(of[dict(zip(("harmlessness", "helpfulness"), objectives, strict=True))[objective]])
+        name = dict(zip(("harmlessness", "helpfulness"), objectives, strict=True))[objective]
+        probe = next(of[name], None)
+        check(probe, f"--objectives: data/judge_probes.jsonl has no examples of '{name}'")
         text = common.INSTRUCTION_PART.format(instruction=probe["prompt"]) + f"### Response:\n{probe[side]}\n\n"
         answer = {name.capitalize(): score for name, score in zip(objectives, scores, strict=True)}
         shown.append((text + json.dumps(answer, indent=4)).replace("{", "{{").replace("}", "}}"))
@@ -80,8 +82,13 @@ def main(args: Args) -> None:
             "--output_dir",
             str(own),
         ]
-        done = subprocess.run([sys.executable, ROOT / "eval" / "judge_check.py", *call, *options], check=False)
-        if done.returncode == 2:  # json where the model can't write it: said above
+        command = [sys.executable, ROOT / "eval" / "judge_check.py", *call, *options]
+        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        last = done.stderr.strip().rpartition("\n")[2]
+        unread = "responses could be scored" in last  # json where the model can't write it: common.check_readable
+        check(unread or done.returncode != 2, last.removeprefix("judge_check.py: error: "))
+        sys.stderr.write(done.stderr)
+        if unread and done.returncode == 2:
             rows.append(f"| {way} | not readable |  |")
             continue
         check(done.returncode == 0, f"eval/judge_check.py ended with exit code {done.returncode}")

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import types
 
 import pytest
 import torch
@@ -289,3 +291,24 @@ def test_few_shot_examples_are_of_the_train_split():
     assert len(shown) == 4 and {p["split"] for p in shown} == {"train"}
     filled = common.judge_prompt(OBJECTIVES, "PROMPT", "RESPONSE", True, text)
     assert filled.endswith("### Instruction:\nPROMPT\n\n### Response:\nRESPONSE") and filled.count("{") == 5
+
+
+def test_only_answers_that_are_not_read_let_the_ways_of_asking_go_on(tmp_path, monkeypatch):
+    recipe = importlib.import_module("weak_judge")
+    args = recipe.Args(ways=["json"], output_dir=str(tmp_path))
+    said = ["--model mdels/small: no such folder"]
+
+    def ended(*_, **__):
+        return subprocess.CompletedProcess([], 2, stderr=f"warning: x\njudge_check.py: error: {said[0]}\n")
+
+    monkeypatch.setattr(recipe.subprocess, "run", ended)
+    with refused(said[0]) as error:
+        recipe.main(args)
+    assert str(error.value) == said[0] and not (tmp_path / "weak_judge.md").exists()
+    with pytest.raises(common.UserError) as unread:
+        common.check_readable([None] * common.GIVE_UP_AFTER, {True: 0, False: 0}, types.SimpleNamespace(title="m"))
+    said[0] = str(unread.value)
+    recipe.main(args)
+    assert "| json | not readable |" in (tmp_path / "weak_judge.md").read_text()
+    with refused("--objectives: data/judge_probes.jsonl has no examples of 'harmlesness'"):
+        recipe.few_shot_template(["harmlesness", "helpfulness"])
