@@ -196,6 +196,8 @@ def main(args: Args) -> None:
     common.read_files(args)
     output = Path(args.run_dir) / "01_samples.jsonl"
     rows, dropped = load_prompts(args)
+    if not rows and dropped.get("in an earlier run"):
+        raise common.EmptyResult(f"--exclude leaves no prompt of {args.prompts}")
     check(rows, f"{args.prompts} has no usable prompt")
     record = common.begin(args, "01_sample", [output], prompts=str(common.derive_seed(rows)))
     engine = common.make_engine(args)

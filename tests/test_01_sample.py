@@ -350,3 +350,13 @@ def test_prompts_of_an_earlier_run_are_kept_out(tmp_path):
     (tmp_path / "run" / "01_args.json").write_text('{"stage": "01_sample", "args": {}, "complete": false}')
     with refused("has not finished"):
         load(path, exclude=[str(tmp_path / "run")])
+
+
+def test_nothing_left_by_an_earlier_run_is_exit_code_3(tmp_path, call):
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    rows = [row | {"responses": [{"text": "x"}]} for row in load(path)[0]]
+    write_rows(tmp_path / "run" / "01_samples.jsonl", rows)
+    options = ("--prompts", path, "--run_dir", tmp_path / "next", "--exclude", tmp_path / "run")
+    code, _, err = call("01_sample", *options)
+    assert (code, err) == (3, f"01_sample.py: error: --exclude leaves no prompt of {path}\n")
+    assert not (tmp_path / "next").exists()

@@ -117,6 +117,20 @@ def test_a_second_iteration_starts_from_the_trained_model(options):
     assert len(samples) == 3 and samples[2].exclude[1:] == ["o/saferlhf/pool_n5-1", samples[1].run_dir]
 
 
+@pytest.mark.parametrize(
+    "words", ["01_sample.py --run_dir o/saferlhf/pool_Iter2", "04_denoise.py --run_dir o/saferlhf/It"]
+)
+def test_a_round_without_prompts_is_a_warning(tmp_path, words):
+    lines = [f". {ROOT}/recipes/systems.sh", f'python() {{ case "$*" in "{words}"*) return 3 ;; esac }}']
+    lines += ["data saferlhf", "evaluate Iter2_diff", "evaluate Iter3_diff", "echo after"]
+    (tmp_path / "rounds.sh").write_text("\n".join(["set -euo pipefail", *lines]))
+    env = {"JUDGE": "--judge_model j", "OUT": "o", "GENERATE": "python", "TRAIN": "python"}
+    done = bash(tmp_path / "rounds.sh", env=env)
+    assert (done.returncode, done.stdout) == (0, "after\n"), done.stderr
+    told = "warning: Iter{}_diff, seed 0: nothing is left to train on, so the table lacks it\n"
+    assert done.stderr == told.format(2) + told.format(3)
+
+
 def test_a_soup_is_of_two_specialists(options):
     made, found = options("Soup_6_4")
     assert [args.weights for stage, args in found if stage == "05_pairs"] == [[1, 0], [0, 1]]
