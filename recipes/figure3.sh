@@ -2,6 +2,8 @@
 # Figure 3: how alike a weak model's scores and JUDGE's are, as prompts are added by rising det Σ of the weak one.
 set -euo pipefail
 [ "${SCALE:-paper}" != paper ] || MODEL=${MODEL:-mistralai/Mistral-7B-Instruct-v0.3}
+# at SCALE=small JUDGE is MODEL: asked in the same way it would be compared with itself
+[ "${SCALE:-paper}" != small ] || : "${JUDGING=--score_mode expected}"
 . "$(dirname "$0")/systems.sh"
 setting DATASET wildguard saferlhf high_stakes
 setting RV_PROMPTS 400 96 30

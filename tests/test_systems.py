@@ -168,6 +168,18 @@ def test_figure4_names_its_judge_s_server(calls, tmp_path):  # noqa: F811
     assert [run.partition("=")[0] for run in args.runs] == ["saferlhf:Vanilla", "saferlhf:SPA"]
 
 
+@pytest.mark.parametrize(("given", "mode"), [({}, "expected"), ({"JUDGING": "--score_mode json"}, "json")])
+def test_figure3_compares_no_judge_with_itself(calls, tmp_path, given, mode):  # noqa: F811
+    folder = tmp_path / "high_stakes" / "figure3_n3-0"
+    write_rows(folder / "01_samples.jsonl", [{}])
+    (folder / "01_args.json").write_text("{}")
+    env = {"SCALE": "small", "MODEL": "m", "OUT": tmp_path} | given
+    done, made = calls(ROOT / "recipes" / "figure3.sh", env=env)
+    assert done.returncode == 0, done.stderr
+    scored = [(args.judge_model, args.score_mode) for stage, args in arguments_of(made) if stage == "02_score"]
+    assert scored == [(None, "choice"), ("m", mode)]
+
+
 @pytest.fixture(scope="module")
 def recipe(tiny, tmp_path_factory):
     """recipe(name, **settings) -> what it printed, at SCALE=small on a tiny model with a function as every judge."""
