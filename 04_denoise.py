@@ -99,8 +99,7 @@ def main(args: Args) -> None:
     common.check_at_least(args, 1, "max_prompts")
     source = common.find_input(args, "03_refined.jsonl")
     outputs = [Path(args.run_dir) / name for name in ("04_denoised.jsonl", "04_dropped.jsonl")]
-    own = source.resolve() in [output.resolve() for output in outputs]
-    check(not own, f"{source} is what this stage writes: choose another --run_dir")
+    check(source.resolve() not in map(Path.resolve, outputs), f"this stage writes {source}: choose another --run_dir")
     made = common.made_by(source)
 
     # All rows are read once before anything is begun: a bad one costs nothing then. k objectives, at most m vectors.
@@ -128,6 +127,8 @@ def main(args: Args) -> None:
         rows = common.read_rows(source, scored=True, refined=True)
         passed = [row["id"] for row in rows if denoise(*scores_of(row), args)[0] is None]
         drawn = set(sorted(passed, key=lambda id: common.derive_seed(args.seed, id))[: args.max_prompts])
+        if len(passed) < args.max_prompts:
+            common.warn(f"only {len(passed)} pass the filters, --max_prompts is {args.max_prompts}")
 
     # One pass: each row goes into one of the two files; both appear, whole, after the last row.
     dropped, failures, dets = Counter(dict.fromkeys(REASONS, 0)), Counter(), []

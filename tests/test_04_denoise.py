@@ -228,7 +228,8 @@ def test_a_draw_of_what_passes_the_filters(tmp_path, ok, fails):
     kept = {}
     for count in (3, 7, 99):
         folder = tmp_path / str(count)
-        ok("04_denoise", "--input", tmp_path, "--run_dir", folder, "--max_prompts", count)
+        _, err = ok("04_denoise", "--input", tmp_path, "--run_dir", folder, "--max_prompts", count)
+        assert ("warning: only 12 pass the filters, --max_prompts is 99\n" in err) == (count == 99)
         kept[count] = {row["id"] for row in read_rows(folder / "04_denoised.jsonl")}
         reasons = [row["reason"] for row in read_rows(folder / "04_dropped.jsonl")]
         assert len(kept[count]) == min(count, 12) and reasons.count("det_zero") == 1
@@ -295,7 +296,7 @@ def test_too_few_responses_for_a_covariance(tmp_path, ok, fails):
     fails(words, "04_denoise", "--input", own, "--run_dir", tmp_path / "three")
 
 
-@pytest.mark.parametrize("words", ["line 6: broken JSON", "has not finished", "is what this stage writes"])
+@pytest.mark.parametrize("words", ["line 6: broken JSON", "has not finished", "this stage writes"])
 def test_what_is_refused_costs_nothing(tmp_path, ok, fails, words):
     """A bad last row, a predecessor that has not finished, its own output: the old one stays, even with --overwrite."""
     source, command = write_rows(tmp_path / "03_refined.jsonl", MIXED), ("04_denoise", "--run_dir", tmp_path)
