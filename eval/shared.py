@@ -182,7 +182,7 @@ def merge_seeds(runs: list[Run]) -> list[Run]:
 
 def differences(runs: list[Run]) -> list[str]:
     """What keeps the scores of these runs from comparing, a text each; runs without a record are not looked at."""
-    found: dict[str, dict] = {}  # what -> {name of a run: its way}
+    found: dict[str, list] = {}  # what -> (name of a run, its way, how that is shown); seeds share a name
     for run in (run for run in runs if run.record):
         made = run.record.get("inputs", {})
         # a judge is what is in its folder, wherever that lies: trained again under the same name it is another one
@@ -200,10 +200,10 @@ def differences(runs: list[Run]) -> list[str]:
             ways |= {f"definitions of {name}": text for name, text in words}
         for what, way in ways.items():
             shown = f"{run.judge} {content}".strip() if what == "judges" else str(way)
-            found.setdefault(what, {})[f"{run.test_set}:{run.name}".lstrip(":")] = (way, shown[:60])
-    several = {what: own for what, own in found.items() if len({way for way, _ in own.values()}) > 1}
-    listed = {what: ", ".join(f"{run}: {shown}" for run, (_, shown) in own.items()) for what, own in several.items()}
-    return [f"several {what} ({text})" for what, text in listed.items()]
+            found.setdefault(what, []).append((f"{run.test_set}:{run.name}".lstrip(":"), way, shown[:60]))
+    several = {what: own for what, own in found.items() if len({way for _, way, _ in own}) > 1}
+    listed = {what: dict.fromkeys(f"{run}: {shown}" for run, _, shown in own) for what, own in several.items()}
+    return [f"several {what} ({', '.join(texts)})" for what, texts in listed.items()]
 
 
 def by_test_set(runs: list[Run]) -> dict[str, list[Run]]:

@@ -149,6 +149,9 @@ def test_seeds_of_a_system_are_one_row(call, tmp_path):
     assert (rows["SPA", "objective 1"], rows["Vanilla", "objective 1"]) == ("8 5", "6")
     twice = ("--runs", f"Vanilla={base}", f"SPA={seeds[0]}", f"SPA={seeds[0]}")
     refuse(call, "judge_table", "'SPA' twice on one test set, from one folder", *twice)
+    for seed, judge in zip(seeds, "jk", strict=True):
+        write_record(seed, "02_score", args={"model": "m", "judge_model": judge})
+    refuse(call, "judge_table", "several judges (Set:SPA: j, Set:SPA: k)", "--runs", *specs)
 
 
 def test_how_many_cells_are_bold_by_chance():
