@@ -182,6 +182,22 @@ def test_table_1_of_several_test_sets_in_one_command(call, tmp_path):
     assert r"R & \textbf{9.00} & \textbf{8.00} & -- & -- \\" in tex
 
 
+def test_scores_of_answers_that_are_no_longer_there(call, tmp_path):
+    """A stage before was redone: the old scores would stand under the new answers' name."""
+    folder = scored(tmp_path / "a", [[[3, 3]]] * 2)
+    rows = read_rows(folder / "02_scores.jsonl")
+    write_rows(folder / "01_samples.jsonl", rows)
+    write_rows(folder / "03_refined.jsonl", [row | {"refined": row["responses"][0]} for row in rows])
+    for stage, before in (("02_score", "01_samples.jsonl"), ("03_refine", "02_scores.jsonl")):
+        write_record(folder, stage, args=HARMLESS, inputs={"source": common.digest(folder / before)})
+    for spec, before, stage in ((folder, "01_samples", "02_score"), (f"{folder}+refined", "02_scores", "03_refine")):
+        succeed(call, "judge_table", "--runs", f"A={spec}", "--output_dir", tmp_path / "eval")
+        write_rows(folder / f"{before}.jsonl", rows[::-1])
+        words = f"made from another {before}.jsonl than is there now: run {stage}.py --overwrite"
+        refuse(call, "judge_table", words, "--runs", f"A={spec}")
+        write_rows(folder / f"{before}.jsonl", rows)
+
+
 @pytest.mark.parametrize(
     "specs, words",
     [
