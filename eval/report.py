@@ -46,6 +46,8 @@ FILES = {
     "05_pairs.jsonl": ("05_pairs", {}),
 }
 STAGES = ("01_sample", "02_score", "03_refine", "04_denoise", "05_pairs", "06_train")
+# stage -> the file that it reads
+BEFORE = dict(zip(STAGES[1:5], [file for file in FILES if file != "04_dropped.jsonl"][:4], strict=True))
 REASONS = ("unscored", "inconsistent", "det_zero", "det_above_rho")  # why stage 4 drops a prompt
 CURVES = ("loss", "rewards/margins", "rewards/accuracies", "learning_rate", "grad_norm")
 
@@ -136,8 +138,20 @@ def read_training(path: Path) -> dict:
     return made | {"steps": [row for row in rows if "learning_rate" in row], "fixed prompts": fixed}
 
 
+def redone(path: Path, records: dict[str, dict], stage: str) -> str | None:
+    """The stage before `stage` that was redone since: its file is another than `stage`, or one between, has read."""
+    before, record = BEFORE.get(stage), records[stage]
+    if not before or not record or record["args"].get("input"):  # the file may lie elsewhere
+        return None
+    known, earlier = [record.get("inputs", {}).get(name) for name in ("source", before)], FILES[before][0]
+    other = any(known) and (path / before).is_file() and common.digest(path / before) not in known
+    return earlier if other else redone(path, records, earlier)
+
+
 def read_run(name: str, path: Path) -> Run:
-    """All that is in a run directory, but for what an unfinished stage has; UserError if it is none."""
+    """All that is in a run directory, but for what an unfinished stage has, or one that was not redone with those
+    before it; UserError if it is none.
+    """
     check(path.is_dir(), f"no run directory {path}")
     records = {stage: common.read_record(path / f"{stage[:2]}_args.json") for stage in STAGES}
     rows, missing = {}, {}
@@ -146,6 +160,8 @@ def read_run(name: str, path: Path) -> Run:
             missing[file] = f"{file} is not there ({stage}.py)"
         elif not records[stage].get("complete", True):
             missing[file] = f"{stage}.py has not finished"
+        elif earlier := redone(path, records, stage):
+            missing[file] = f"{earlier}.py was redone, {stage}.py not yet"
         elif file == "05_pairs.jsonl":
             rows[file] = read_pairs(path / file)
         elif file == "04_dropped.jsonl":

@@ -394,6 +394,23 @@ def test_unfinished_stages_are_left_out_and_named(tmp_path):
     assert page.cells("Over a fixed set")["loss"] == page.cells("Means with")["loss, before → after"] == ["2.5 → –"]
 
 
+def test_stages_that_were_not_redone_with_those_before_them_are_left_out(tmp_path, whole):
+    folder = Path(shutil.copytree(whole, tmp_path / "r"))
+    record = json.loads((folder / "03_args.json").read_text(encoding="utf-8"))
+    record["inputs"] = {"source": common.digest(folder / "02_scores.jsonl")}
+    (folder / "03_args.json").write_text(json.dumps(record), encoding="utf-8")
+    assert report.read_run("r", folder).missing == {}
+    (folder / "02_scores.jsonl").write_text((folder / "02_scores.jsonl").read_text().replace("answer", "word"))
+    page = page_of(folder)
+    for stage in ("03_refine", "04_denoise", "05_pairs"):
+        assert f"02_score.py was redone, {stage}.py not yet" in page.sections["funnel"]
+    assert "a word 1" in page.sections["prompts"] and "pairs" not in page.cells("From prompts")
+    record = json.loads((folder / "04_args.json").read_text(encoding="utf-8"))
+    record["args"]["input"] = str(whole)
+    (folder / "04_args.json").write_text(json.dumps(record), encoding="utf-8")
+    assert list(report.read_run("r", folder).missing) == ["03_refined.jsonl"], "04 has read another folder's"
+
+
 def test_trainings_of_one_run_side_by_side(tmp_path):
     """FAULTS 25: 06_a stands before 06 in the alphabet, and is not what the page is about."""
     folder = make_run(tmp_path / "r")
