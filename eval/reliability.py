@@ -149,6 +149,9 @@ def main(args: Args) -> None:
     check(plain, "--runs: names of letters, digits, . + - and _ only; files are named after them")
     others = [shared.read_run(spec) for spec in args.others or []]
     check(len(others) in (0, len(runs)), f"--others: {len(others)} for {len(runs)} runs; give one for each")
+    for run, other in zip(runs, others, strict=False):
+        differ = f"--others: {other.path} was scored on {other.objectives}, {run.path} on {run.objectives}"
+        check(run.objectives == other.objectives, differ)
 
     by_prompt, by_response, found = {}, {}, {}
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):

@@ -96,7 +96,10 @@ def suggest_rho(rows: pd.DataFrame) -> float | None:
 def main(args: Args) -> None:
     check(bool(args.weak and args.strong), "--weak and --strong: two run directories are wanted")
     common.check_at_least(args, 2, "steps", "orders", "draws", "least")
-    prompts = paired_scores(shared.read_run(args.weak), shared.read_run(args.strong))
+    weak, strong = shared.read_run(args.weak), shared.read_run(args.strong)
+    same = weak.objectives == strong.objectives
+    check(same, f"--weak was scored on {weak.objectives}, --strong on {strong.objectives}: compare equal ones")
+    prompts = paired_scores(weak, strong)
     few = f"{len(prompts)} prompts have two responses that both judges scored; --least {args.least} are wanted"
     check(len(prompts) >= args.least, few)
     sizes = sorted(set(np.linspace(args.least, len(prompts), args.steps).round().astype(int).tolist()))

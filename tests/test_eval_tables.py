@@ -311,6 +311,8 @@ def test_rv_bad_input_and_scores_that_never_vary(call, tmp_path):
     refuse(call, "rv", "4 prompts have two responses that both judges scored", "--weak", weak, "--strong", strong, *out)
     other = scored(tmp_path / "other", [[[1, 2], [2, 3]]] * 4, texts={(0, 0): "another answer"})
     refuse(call, "rv", "have other responses", "--weak", other, "--strong", strong, *out)
+    write_record(other, "02_score", args={"objectives": ["honesty", "helpfulness"]})
+    refuse(call, "rv", "--weak was scored on ['Honesty', ", "--weak", other, "--strong", strong, *out)
     flat = scored(tmp_path / "flat", [[[5, 5], [5, 5]]] * 6)  # RV is not defined anywhere
     code, text, err = call("rv", "--weak", flat, "--strong", flat, *out, "--orders", 5)
     assert code == 0 and "RV nan" in text and "no prefix agrees better" in text and "RuntimeWarning" not in err
@@ -523,6 +525,8 @@ def test_reliability_run(call, tmp_path, tiny, how):
     assert "7 responses that both judges scored" in text and "not read: 0 of 24" in text
     assert table_lines(text)["Harmlessness"][0] == "–" and table_lines(text)["all"][1:] == ["–", "–", "–"]
     refuse(call, "reliability", "there are 4 paraphrases", *options, "--k", 9)
+    write_record(other, "02_score", args={"objectives": ["honesty", "helpfulness"]})
+    refuse(call, "reliability", "02_scores.jsonl was scored on ['Honesty', ", *options)
     two = ("--runs", f"A={folder}", f"B={folder}", "--k", 3, *out, "--rho", 5)
     text = succeed(call, "reliability", *two)
     assert "reliability_A.jsonl is complete already" in text and "### B" in text
