@@ -77,7 +77,8 @@ def main(args: Args) -> None:
             axes.scatter(secondary.mean(), primary.mean(), s=150, edgecolor="black", label=label, **own)
         axes.set(xlabel=f"{names[1]} (secondary)", ylabel=f"{names[0]} (primary)")
         axes.legend(title="large: mean; line: Pareto front", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
-    text = shared.render_page("frontier.md", moves=moves, primary=names[0], secondary=names[1])
+    facts = {"primary": names[0], "secondary": names[1], "unlike": shared.differences(runs)}
+    text = shared.render_page("frontier.md", moves=moves, **facts)
     shared.write_table(args.output_dir, "frontier", text, table)
     print(f"{text}\nwrote {path}, .csv, .png and .pdf")
 

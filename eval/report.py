@@ -484,6 +484,7 @@ def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
         first = {run.name: {row["id"]: row["responses"][0] for row in run.rows} for run in (base, *others)}
         rows = choose([row for row in base.rows if all(row["id"] in of for of in first.values())], args)
         sets.append({"name": test_set or "Test", "names": names, "means": means, "rows": rows, "first": first})
+        sets[-1]["unlike"] = shared.differences([base, *others])
     return sets
 
 

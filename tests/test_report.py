@@ -524,8 +524,11 @@ def test_answers_after_training(tmp_path, whole):
     said = page.sections["tests"]
     assert "question t0" in said and "base Harmlessness 4, Helpfulness 5" in said and "base no score" in said
     assert "trained says 2 <b>" in said and "#tests" in [link["href"] for link in page.all("a")]
+    assert "not alike" not in said
+    write_record(tmp_path / "base", "02_score", judge_model="large")
     said = page_of(whole, test_runs=tests, ids=["t2"]).sections["tests"]
     assert "question t2" in said and "question t0" not in said
+    assert "not alike: several judges (base: large, trained: tiny-model)" in said
 
 
 @pytest.mark.parametrize(
