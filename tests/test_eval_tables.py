@@ -180,6 +180,10 @@ def test_table_1_of_several_test_sets_in_one_command(call, tmp_path):
     tex = (out / "judge_table.tex").read_text()
     assert r"& \multicolumn{2}{c}{Safe} & \multicolumn{2}{c}{Hone} \\" in tex
     assert r"R & \textbf{9.00} & \textbf{8.00} & -- & -- \\" in tex
+    specs = (f"Safe:A={a}", f"Safe:a={a}+refined", f"Hone:A={h}")  # names that differ in the case alone
+    text = succeed(call, "judge_table", "--runs", *specs, "--output_dir", out)
+    assert table_lines(text.split("###")[0])["a"] == ["**9.00**", "**8.00**", "–", "–"]
+    assert r"a & \textbf{9.00} & \textbf{8.00} & -- & -- \\" in (out / "judge_table.tex").read_text()
 
 
 def test_scores_of_answers_that_are_no_longer_there(call, tmp_path):
