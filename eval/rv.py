@@ -89,7 +89,7 @@ def suggest_rho(rows: pd.DataFrame) -> float | None:
     "Better" is above the upper end of the random orders' 95 % band; the whole set can't be. None: no such
     prefix, so det does not tell the reliable prompts from the others here.
     """
-    better = rows[(rows["fraction"] < 1) & (rows["rv"] > rows["random_high"])]
+    better = rows[(rows["fraction"] < 1) & (rows["rv"] > rows["random_high"]) & (rows["det"] > 0)]  # 04 refuses ρ 0
     return better["det"].max() if len(better) else None
 
 

@@ -320,6 +320,8 @@ def test_rv_bad_input_and_scores_that_never_vary(call, tmp_path):
     flat = scored(tmp_path / "flat", [[[5, 5], [5, 5]]] * 6)  # RV is not defined anywhere
     code, text, err = call("rv", "--weak", flat, "--strong", flat, *out, "--orders", 5)
     assert code == 0 and "RV nan" in text and "no prefix agrees better" in text and "RuntimeWarning" not in err
+    prefixes = {"fraction": [0.2, 0.4, 1.0], "rv": 0.9, "random_high": 0.5, "det": [0.0, 0.0, 3.0]}
+    assert rv.suggest_rho(rv.pd.DataFrame(prefixes)) is None, "stage 4 refuses a ρ of 0"
 
 
 def test_pareto_front_is_what_nothing_dominates():
