@@ -52,6 +52,7 @@ def count_moves(change: pd.DataFrame, tolerance: float) -> pd.DataFrame:
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "tolerance")
     runs = shared.read_runs(args.runs, least=2, allow_differences=args.allow_differences)
+    check(len({run.test_set for run in runs}) == 1, "--runs: one test set at a time")
     names = runs[0].objectives[:2]
     if len(runs[0].objectives) > 2:
         common.warn(f"of {len(runs[0].objectives)} objectives only {names[0]} and {names[1]} are shown")

@@ -349,6 +349,7 @@ def test_movements(call, tmp_path):
     assert {row["id"] for row in rows if row["run"] == "SPA" and row["on_front"] == "True"} == {"p2", "p5"}
     assert table_lines(succeed(call, "frontier", *options))["objective 1 up"][1] == "1", "else 5.05 is a rise"
     refuse(call, "frontier", "at least 2 wanted", "--runs", f"base={before}")
+    refuse(call, "frontier", "one test set at a time", "--runs", f"A:V={before}", f"A:S={after}", f"B:V={before}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
