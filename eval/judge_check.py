@@ -37,11 +37,12 @@ class Args(shared.JudgeArgs):
 
 
 def by_length(rows: list[dict], probes: dict[str, dict]) -> dict[str, dict]:
-    """The counts where the better answer is the shorter one, in words, and where it is not."""
+    """The counts where the better answer is the shorter one, in words, and where it is the longer one."""
     pairs: dict[str, list] = {"better_is_shorter": [], "better_is_longer": []}
     for row in rows:
         better, worse = (len(probes[row["id"]][side].split()) for side in ("better", "worse"))
-        pairs["better_is_shorter" if better < worse else "better_is_longer"].append((row["better"], row["worse"]))
+        if better != worse:
+            pairs["better_is_shorter" if better < worse else "better_is_longer"].append((row["better"], row["worse"]))
     return {which: common.count_right(own) for which, own in pairs.items()}
 
 

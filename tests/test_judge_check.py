@@ -5,6 +5,7 @@ import json
 import subprocess
 import types
 
+import judge_check
 import pytest
 import torch
 from conftest import PROBES, ROOT, read_rows, refused, write_rows
@@ -237,6 +238,15 @@ def test_own_objectives_want_own_probes(run, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------
 # eval/judge_check.py.
+
+
+def test_answers_of_equal_length_are_neither_shorter_nor_longer():
+    texts = {"s": ("a", "b c"), "e": ("a b", "c d"), "l": ("a b c", "d")}
+    rows = [{"id": id, "better": 9, "worse": 1} for id in texts]
+    probes = {id: {"better": better, "worse": worse} for id, (better, worse) in texts.items()}
+    found = judge_check.by_length(rows, probes)
+    assert {which: own["n"] for which, own in found.items()} == {"better_is_shorter": 1, "better_is_longer": 1}
+    assert judge_check.by_length(rows[1:2], probes)["better_is_longer"]["n"] == 0
 
 
 def test_the_script_s_files(call, judges, tmp_path, run):
