@@ -102,7 +102,11 @@ class Run:
         refined = self.refined if self.argument("04_denoise", "cov_scope") == "all" else {}
         points = {id: [*group, *refined.get(id, ())] for id, group in self.candidates.items()}
         self.dets = shared.dets_of(points, [*kept, *dropped], self.argument("04_denoise", "ddof", 0))
-        self.pairs, self.alpha = self.rows.get("05_pairs.jsonl", []), self.argument("06_train", "alpha", 1.0)
+        # the arguments of 06_model's training, else of the first one there, before others of one that weights pairs
+        others = [made["args"] for made in self.trainings.values() if made["args"]]
+        named = min(others, key=lambda given: given.get("loss") != "spa", default={})
+        self.trained = self.records["06_train"].get("args") or named
+        self.pairs, self.alpha = self.rows.get("05_pairs.jsonl", []), self.trained.get("alpha", 1.0)
         self.weights = pair_weights([pair["gap"] for pair in self.pairs], self.alpha)
 
     def argument(self, stage: str, name: str, default=None):
@@ -404,7 +408,7 @@ def show_pairs(run: Run, args: Args) -> dict:
         facts["effective"] = w.sum() ** 2 / (w**2).sum() / len(w)
         title, rules = f"Weights, α = {run.alpha:g}", [(1, "mean gap")]
         charts.append(bars(run, title, "(gap / mean gap)^α", {"pairs": run.weights}, "pairs", rules=rules))
-    return facts | {"figures": charts, "trained": run.records["06_train"].get("args", {})}
+    return facts | {"figures": charts}
 
 
 def show_training(run: Run, args: Args) -> dict:

@@ -344,7 +344,10 @@ def test_setting_judge_and_its_check(page, tmp_path):
     (found,) = judged.cells("Means")["judge check"]
     assert "Harmlessness 9 of 20 in the right order (45 % [30, 65]), 2 ties, blind to: weapons" in found
     assert "Helpfulness: no probes" in found and "must not be trained on" in found
-    assert page.cells("Means")["judge check"] == ["–"]
+    assert page.cells("Means")["judge check"] == ["–"] and page.cells("Means")["scores"] == ["constrained"]
+    record = json.loads((folder / "02_args.json").read_text(encoding="utf-8"))
+    (folder / "02_args.json").write_text(json.dumps(record | {"scores_read": "json"}), encoding="utf-8")
+    assert page_of(folder).cells("Means")["scores"] == ["json"], "as they were read, whatever was asked for"
 
 
 def test_prompts_in_full(page):
@@ -430,6 +433,13 @@ def test_trainings_of_one_run_side_by_side(tmp_path):
     assert fixed["training loss"] == ["spa", "simpo", "–"] and fixed["beta"] == ["2.0", "7.0", "–"]
     assert fixed["loss"] == ["2.5 → 1.25 (-1.25)", "9 → –", "2.5 → 1.25 (-1.25)"]
     assert fixed["measured over"] == ["training prompts", "training prompts", "held-out prompts"]
+    args = (folder / "06_args.json").read_text(encoding="utf-8")
+    (folder / "06_sft_args.json").write_text(args.replace('"spa"', '"sft"'), encoding="utf-8")
+    for stem in ("06_args.json", "06_metrics.jsonl"):  # as recipes/systems.sh leaves them
+        (folder / stem).unlink()
+    assert report.read_run("r", folder).alpha == 3 and "α is not known" not in page_of(folder).sections["pairs"]
+    (folder / "06_sft_args.json").write_text(args, encoding="utf-8")
+    assert report.read_run("r", folder).alpha == 2, "the one that weights its pairs"
     (label,) = [label for label in page.labels() if label.startswith("loss. ")]
     assert "06, steps: 2.5 at step 1" in label and "06_a, steps" in label and "06_sft, fixed prompts" in label
 
