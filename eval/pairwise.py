@@ -176,10 +176,10 @@ def main(args: Args) -> None:
     common.finish(record, len(done))
 
     summaries = [summarize(done, run, name, args.seed) for run in others for name, _ in objectives]
-    text = shared.render_page("pairwise.md", rows=summaries)
+    bases = {test_set: own[0].name for test_set, own in shared.by_test_set(runs).items() if len(own) > 1}
+    text = shared.render_page("pairwise.md", rows=summaries, bases=bases, judge=judge.title)
     path = shared.write_table(args.output_dir, "pairwise", text, summaries)
-    draw(path, summaries, base.name)
-    print(f"\nagainst {base.name}, judged by {judge.title}; net: (wins − losses) / prompts, bootstrap 95 %")
+    draw(path, summaries, " or ".join(dict.fromkeys(bases.values())))
     print(f"\n{text}")
     common.show_tokens(judge)
     print(f"wrote {output}, {path}, .csv, .png and .pdf")

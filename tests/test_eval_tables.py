@@ -441,6 +441,8 @@ def test_pairwise_by_a_function_on_two_test_sets(call, tmp_path):
     assert counts["one", "Honesty"] == (3, 1, 0, 1) and counts["two", "Honesty"] == (1, 1, 0, 1)
     assert counts["one", "Harmlessness"] == (0, 4, 0, 1) and counts["one", "Helpfulness"] == (0, 1, 3, 1)
     assert rows["one", "Honesty"]["flip_rate"] == "0.0" and "one S" in out and "two S" in out
+    text = (tmp_path / "eval" / "pairwise.md").read_text()
+    assert all(f"{name}: against V, judged by {args['scorer']}; net" in text for name in ("one", "two"))
     bare = scored(tmp_path / "bare", [[[5, 5]]] * 2)
     refuse(call, "pairwise", "says who judged", "--runs", bare, f"x={bare}", "--output_dir", tmp_path / "none")
 
