@@ -7,7 +7,6 @@ refines in context with moderate success; the noise of the scores is a dial. rec
 
     --make base     writes OUTPUT_DIR: a transformers Llama of 165,000 weights and its tokenizer, trained from nothing
     --make prompts  writes OUTPUT_DIR/train{SEED}.jsonl, test.jsonl, and probes.jsonl for the judge check
-    --make table    prints the true evaluation of the answers (01_samples.jsonl) in --runs NAME=DIR …, the base first
     as a scorer     02_score.py --scorer eval/world.py:scores
 """
 
@@ -26,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-from common import arg, check
+from common import arg
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The language and its truth.
@@ -291,12 +290,11 @@ def evaluate(rows: list[dict], before: list[dict] | None = None) -> dict[str, fl
 
 @dataclass
 class Args:
-    make: str = arg("table", "what to make", ("base", "prompts", "table"))
+    make: str = arg("base", "what to make", ("base", "prompts"))
     seed: int = arg(0, "of the base, or of the training prompts")
     steps: int = arg(2500, "of the base's training")
     train: int = arg(2000, "training prompts, 15 % of them without hazards")
     test: int = arg(400, "test prompts with hazards; a quarter as many without")
-    runs: list[str] | None = arg(None, "NAME=DIR of runs with answers to the test prompts; the first is the base")
     output_dir: str = arg("runs/world", "folder of what is made")
 
 
@@ -305,25 +303,13 @@ def main(args: Args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if args.make == "base":
         make_base(folder, args.seed, args.steps)
-    elif args.make == "prompts":
+    else:
         test = make_prompts("test", args.test, args.test // 4)  # the same for all seeds
         benign = round(0.15 * args.train)
         train = make_prompts(f"train{args.seed}", args.train - benign, benign, {row["prompt"] for row in test})
         for name, rows in (("test", test), (f"train{args.seed}", train), ("probes", make_probes())):
             with common.replace_file(folder / f"{name}.jsonl") as file:
                 file.writelines(map(common.dump_row, rows))
-    else:
-        check(
-            args.runs and all("=" in spec for spec in args.runs),
-            "--runs: NAME=DIR of runs with answers to the test prompts",
-        )
-        rows = {
-            name: list(common.read_rows(Path(run) / "01_samples.jsonl"))
-            for name, run in (s.split("=") for s in args.runs)
-        }
-        for name in rows:
-            found = evaluate(rows[name], next(iter(rows.values())))
-            print(f"{name:<16}" + "  ".join(f"{key} {value:6.3f}" for key, value in found.items()))
 
 
 if __name__ == "__main__":
