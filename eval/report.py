@@ -168,8 +168,6 @@ def read_run(name: str, path: Path) -> Run:
             missing[file] = f"{earlier}.py was redone, {stage}.py not yet"
         elif file == "05_pairs.jsonl":
             rows[file] = read_pairs(path / file)
-        elif file == "04_dropped.jsonl":
-            rows[file] = shared.read_filtered(path / file)
         else:
             rows[file] = list(common.read_rows(path / file, **wanted))
     files = {file.name.removesuffix("_metrics.jsonl"): file for file in sorted(path.glob("*_metrics.jsonl"))}

@@ -267,13 +267,6 @@ def read_jsonl(path: Path, fields: set[str], maker: str):
         yield where, row
 
 
-def read_filtered(path: Path) -> list[dict]:
-    """The rows of 04_denoised.jsonl or 04_dropped.jsonl; the record's number of rows is of the first alone."""
-    other = "not a row of 04_denoise.py; run that stage again"
-    fields = {"id", "prompt", "responses", "refined"}
-    return [row for _, row in read_jsonl(path, fields, other)] if path.exists() else []
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Who is asked, for the scripts that judge again or answer benchmarks.
 

@@ -550,7 +550,7 @@ def test_answers_after_training(tmp_path, whole):
         (lambda f: (f / "05_pairs.jsonl").write_text('{"id": 1}\n'), "05_pairs.jsonl, line 1: a pair has chosen, gap"),
         (lambda f: (f / "06_metrics.jsonl").write_text("[]\n"), "line 1: a row of metrics with a 'step'"),
         (lambda f: (f / "02_args.json").write_text("[]"), "02_args.json is no record of a stage"),
-        (lambda f: (f / "04_dropped.jsonl").write_text('{"id": 1}\n'), "line 1: not a row of 04_denoise.py"),
+        (lambda f: (f / "04_dropped.jsonl").write_text('{"id": 1}\n'), "line 1: no 'prompt' in the row"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, call, whole, change, words):
