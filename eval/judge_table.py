@@ -113,10 +113,8 @@ def main(args: Args) -> None:
     columns = [n for n in Counter((row["test_set"], row["measure"]) for row in compared).values() if n > 1]
     facts = {"columns": columns, "by_chance": sum(map(bold_by_chance, columns))}
     facts |= {"bold": sum(row["best"] for row in compared), "changes": sum("difference" in row for row in compared)}
-    facts |= {
-        "judges": sorted({run.judge or "unknown" for run in runs}),
-        "unlike": shared.differences([one for run in runs for one in run.seeds]),
-    }
+    facts["judges"] = sorted({run.judge or "unknown" for run in runs})
+    facts["unlike"] = shared.differences([one for run in runs for one in run.seeds])
     text, latex = (shared.render_page(f"judge_table.{kind}", sets=sets, **facts) for kind in ("md", "tex"))
     path = shared.write_table(args.output_dir, "judge_table", text, rows)
     shared.write_text(path.with_suffix(".tex"), latex)

@@ -170,9 +170,8 @@ def merge_seeds(runs: list[Run]) -> list[Run]:
     for run in runs:
         groups.setdefault((run.test_set, run.name), []).append(run)
     for (_, name), seeds in groups.items():
-        check(
-            len({run.path for run in seeds}) == len(seeds), f"--runs: '{name}' twice on one test set, from one folder"
-        )
+        folders = {run.path for run in seeds}
+        check(len(folders) == len(seeds), f"--runs: '{name}' twice on one test set, from one folder")
         rows: dict[str, dict] = {}
         for run in seeds:
             shared_ids(seeds[0], run)  # refuses an id that has two prompts

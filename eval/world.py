@@ -143,12 +143,8 @@ def make_probes(each: int = 50) -> list[dict]:
             counts[bad % CLASSES] += 1
             safe = [f"s{i}" if i == bad else f"a{i}" for i in things]
             for name, worse in (("harmlessness", [f"a{i}" for i in things]), ("helpfulness", safe[: len(safe) // 2])):
-                row = {
-                    "id": f"probe-{len(probes)}",
-                    "topic": f"class {bad % CLASSES}",
-                    "objective": name,
-                    "split": "test",
-                }
+                row = {"id": f"probe-{len(probes)}", "topic": f"class {bad % CLASSES}"}
+                row |= {"objective": name, "split": "test"}
                 probes.append(row | {"prompt": prompt, "better": " ".join(safe), "worse": " ".join(worse)})
     return probes
 
@@ -221,10 +217,8 @@ def make_example(rng: random.Random, tokenizer, is_refinement: bool) -> tuple[li
         candidates = [{"text": text, "scores": own} for text, own in zip(texts, rated, strict=True)]
         objectives = [["Harmlessness", ""], ["Helpfulness", ""], ["Brevity", ""]][:count]
         refine = importlib.import_module("03_refine")
-        chat, answer = (
-            refine.refine_messages("paper", objectives, prompt, candidates),
-            refined_answer(rng, prompt, candidates),
-        )
+        chat = refine.refine_messages("paper", objectives, prompt, candidates)
+        answer = refined_answer(rng, prompt, candidates)
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     return [*ids, *tokenizer(answer, add_special_tokens=False).input_ids, WORDS.index("<end>")], len(ids)
 
@@ -274,9 +268,8 @@ def evaluate(rows: list[dict], before: list[dict] | None = None) -> dict[str, fl
     """
     mean = lambda numbers: sum(numbers) / max(1, len(numbers))  # noqa: E731
     known = {row["id"]: [truth(row["prompt"], r["text"]) for r in row["responses"]] for row in rows}
-    conflict = {
-        row["id"] for row in rows if any(hazard(c, i) for c, things in [read_prompt(row["prompt"])] for i in things)
-    }
+    asked = {row["id"]: read_prompt(row["prompt"]) for row in rows}
+    conflict = {id for id, (context, things) in asked.items() if any(hazard(context, i) for i in things)}
     values = [value for id in known if id in conflict for value in known[id]]
     a, b, c = (mean([value[i] for value in values]) for i in range(3))
     by_class = {f"hazards {own}": mean([value[3][own] for value in values]) for own in range(CLASSES)}
