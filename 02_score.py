@@ -37,8 +37,7 @@ def main(args: Args) -> None:
     check(rows, f"{source} has no rows")
     common.read_files(args)
     made = common.made_by(source)
-    author = made.get("01", {}).get("model")
-    if None not in (author, args.model) and author != args.model:
+    if args.model and (author := made.get("01", {}).get("model", args.model)) != args.model:
         common.warn(f"--model {args.model} scores what {author} wrote, which stage 3 asks: a judge is --judge_model")
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
     who = args.model or args.scorer or args.judge_model

@@ -788,12 +788,11 @@ def main(args: Args) -> None:
         check(differ, "a batch has only gaps of 0: use a larger --batch_size or --gap_mean dataset")
 
     # The first lines say what will be done, and what of the responses will not be taught.
-    gamma = args.beta * args.gamma_beta_ratio
     used, responses = len(pairs) - sum(dropped.values()), len(rows_of(everything))
     common.announce(
         "06 train", f"loss {args.loss}", f"model {args.model}", f"{used} pairs", f"{len(everything)} prompts",
         f"{len(steps)} steps", f"learning rate {args.learning_rate:g}", f"β {args.beta:g}" * (args.loss != "sft"),
-        f"γ {gamma:g}, γ/β {args.gamma_beta_ratio:g}" * (args.loss not in ("sft", "dpo")),
+        f"γ {args.beta * args.gamma_beta_ratio:g}, γ/β {args.gamma_beta_ratio:g}" * (args.loss in ("spa", "simpo")),
         f"LoRA rank {args.lora_rank} on {args.base_dtype}" if args.lora_rank else "",
     )  # fmt: skip
     accelerator.print(f"processes: {accelerator.num_processes}, mixed precision: {accelerator.mixed_precision}")
