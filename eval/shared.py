@@ -301,7 +301,7 @@ def open_judge(args: JudgeArgs, run: Run, stage: str, output: Path, **inputs):
         if not any(getattr(args, name) for name in names):  # another judge has another address
             common.inherit(args, run.made, prefer, *names)
     others = ("chat_template", "objectives", "score_mode", "judge_template", "with_instruction", "constitution")
-    common.inherit(args, run.made, prefer, *others)
+    common.inherit(args, run.made, prefer, *others, "judge_max_new_tokens")
     known = any((args.scorer, args.judge_model, args.judge_endpoint, args.model, args.endpoint))
     check(known, f"no record beside {run.path} says who judged: pass --judge_model (or --scorer)")
     objectives, more = common.judge_defaults(args)
