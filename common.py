@@ -147,8 +147,8 @@ def parse_args(args_class, argv: list[str] | None = None):
 def run_stage(main, args_class) -> None:
     """Parses the command line and runs `main(args)`; what the user can mend ends in one line."""
     name, code = Path(sys.argv[0]).name, 2
-    same = "the same command" + ", without --overwrite," * ("--overwrite" in sys.argv)
-    again = f"nothing finished is lost: mend that, {same} goes on"
+    without = " without --overwrite" * ("--overwrite" in sys.argv)
+    again = f"nothing finished is lost: mend that, run the same command again{without}"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without β shows an escape, and no traceback
             stream.reconfigure(errors="backslashreplace")
@@ -167,7 +167,7 @@ def run_stage(main, args_class) -> None:
             raise
         line = f"error: out of memory ({first_line(error)}); {again}"
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; {same} goes on where it stopped", file=sys.stderr, flush=True)
+        print(f"\n{name}: interrupted; the same command{without} goes on where it stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # requests under way are not waited for
     print(f"{name}: {line}" if line else "", end="\n" if line else "", file=sys.stderr)

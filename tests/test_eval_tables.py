@@ -382,7 +382,8 @@ def test_constrained_verdicts_equal_plain_forward_passes():
     tokenizer = make_tokenizer("bos")
     model = make_model(len(tokenizer))
     texts = [pairwise.pairwise_prompt(["Harm", "none"], "p", "a " * n, "b") for n in (1, 30, 7)]
-    judge, args = common.Local("tiny", model=model, tokenizer=tokenizer), pairwise.Args(score_mode="constrained")
+    judge = common.Local("tiny", model=model, tokenizer=tokenizer)
+    args = pairwise.Args(score_mode="constrained", judge_max_new_tokens=64)
     steps = [tokenizer(f'{{"better": "{x}"}}', add_special_tokens=False).input_ids for x in pairwise.OPTIONS]
     start = common.shared_prefix(steps)
     firsts = [row[start] for row in steps]  # the three part at once, so one pass decides
@@ -518,7 +519,7 @@ def test_reliability_run(call, tmp_path, tiny, how):
     assert all(len(times) == 3 for row in rows for times in row["times"])
     if how == "sampled":
         return
-    judge, settings = common.Local(tiny()), reliability.Args(**args)
+    judge, settings = common.Local(tiny()), reliability.Args(**args, judge_max_new_tokens=64)
     for turn in (0, 1):  # the first wording is the paper's
         settings.judge_template = reliability.PARAPHRASES[turn]
         (again,) = common.judge(judge, [("question 0", "answer 0 0")], settings, [0])

@@ -284,7 +284,7 @@ def test_the_script_asks_in_any_way(call, tmp_path, tiny, options):
 def test_another_judge_prompt_from_a_file(call, tmp_path, tiny):
     template, rows = tmp_path / "prompt.txt", tmp_path / "judge_check.jsonl"
     arguments = ("--model", tiny(), "--probes", PROBES, "--output_dir", tmp_path, "--judge_template", template)
-    for text, words in (("{nothing}", "'nothing' is no field"), ("{fields}", "{response} is not in it")):
+    for text, words in (("{nothing}", "'nothing' is none of its fields"), ("{fields}", "{response} is not in it")):
         template.write_text(text)
         refuse(call, "judge_check", words, *arguments)
     template.write_text("Score {response} on\n{dimensions}\n{fields}")
