@@ -87,6 +87,7 @@ class Args(common.JudgeArgs):
 
 
 def list_principles(objectives) -> str:
+    """The objectives as a template's {principles}, a line each, in order of priority."""
     return "\n".join(f"- {name}: {definition}" for name, definition in objectives)
 
 
@@ -150,8 +151,8 @@ def main(args: Args) -> None:
     common.inherit(args, made, "01", "model", "endpoint", "chat_template")
     judging = ("objectives", "score_mode", "with_instruction", "constitution", "scorer", "judge_template")
     judging += ("judge_max_new_tokens", "judge_model", "judge_endpoint", "judge_chat_template")
-    was, own = made.get("02", {}).get("objectives"), args.objectives
-    check(None in (was, own) or was == own, f"--objectives {own}, but stage 2 scored {was}: leave it out")
+    was, given = made.get("02", {}).get("objectives"), args.objectives
+    check(None in (was, given) or was == given, f"--objectives {given}, but stage 2 scored {was}: leave it out")
     common.inherit(args, made, "02", *judging)
     check(args.model, f"nothing beside {source} says which model wrote these responses: pass --model")
     objectives, inputs = common.judge_defaults(args)
@@ -161,8 +162,8 @@ def main(args: Args) -> None:
     # the judge must be that of stage 2, or its scores and these do not compare: its settings, words, weights and code
     settings = ("score_mode", "with_instruction", "judge_template", "judge_max_new_tokens", "dtype")
     ways = [(f"--{name}", [one.get("args", {}).get(name) for one in (before, record)]) for name in settings]
-    own = args.scorer or args.judge_model
-    for name in ("constitution", "--scorer", "--judge_model", *["--model"] * (not own)):
+    itself = ["--model"] * (not (args.scorer or args.judge_model))
+    for name in ("constitution", "--scorer", "--judge_model", *itself):
         ways.append((name, [one.get("inputs", {}).get(name) for one in (before, record)]))
     ways.append(("common.py", [one.get("code", {}).get("common.py") for one in (before, record)]))
     if others := [name for name, (was, now) in ways if before and was != now]:
@@ -174,8 +175,7 @@ def main(args: Args) -> None:
             one.open()
         common.settle_score_mode(args, judge, record)
 
-    template = args.template.replace("{principles}", list_principles(objectives))
-    later = template.split(NEXT_TURN)[1:]
+    later = args.template.replace("{principles}", list_principles(objectives)).split(NEXT_TURN)[1:]
     # One conversation a prompt. What can't be refined keeps an empty, unscored ỹ: 04 drops it as unscored.
     longest = args.max_new_tokens + sum(args.max_new_tokens + len(turn.encode()) for turn in later)
     room, chats = engine.context - longest, {}
@@ -183,7 +183,7 @@ def main(args: Args) -> None:
     dropped = {"no scored response": 0, "too long for the context": 0}
     for row in rows:
         scored = [response for response in row["responses"] if response["scores"] and response["text"].strip()]
-        chat = refine_messages(template, objectives, row["prompt"], scored) if scored else []
+        chat = refine_messages(args.template, objectives, row["prompt"], scored) if scored else []
         if scored and not common.too_long(engine, chat, room):
             chats[row["id"]] = chat
         else:
