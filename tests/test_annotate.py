@@ -1,8 +1,6 @@
 """eval/annotate.py: the page in a real browser, its blindness and its safety; the agreement and its κ."""
 
-import html.parser
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -62,26 +60,10 @@ def read_key(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "out" / "annotate_key.json").read_text(encoding="utf-8"))
 
 
-class Page(html.parser.HTMLParser):
-    """The tags of a page, and what is in its style, data and script elements."""
-
-    def __init__(self, page: Path):
-        super().__init__(convert_charrefs=False)
-        self.tags, self.raw, self.policy = [], [], ""
-        self.feed(page.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, attributes))
-        if dict(attributes).get("http-equiv") == "Content-Security-Policy":
-            self.policy = dict(attributes)["content"]
-
-    def handle_data(self, data):
-        if self.cdata_elem:
-            self.raw.append(data)
-
-
 def page_data(page: Path) -> dict:
-    return json.loads(Page(page).raw[1])
+    """What the page shows, as it holds it."""
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"))
+    return json.loads(data[1])
 
 
 def make_export(key: dict, annotator: str, first: list, second: list) -> dict:
@@ -97,7 +79,8 @@ def make_export(key: dict, annotator: str, first: list, second: list) -> dict:
 
 
 def save(path: Path, value) -> Path:
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    text = value if isinstance(value, str) else json.dumps(value, indent=1)  # on several lines, as the page saves it
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -140,23 +123,6 @@ def test_sides_and_draw_depend_on_seed_and_prompt_alone(tmp_path):
     assert list(whole) != [row["id"] for row in rows] and list(other) != list(whole)
     assert 120 < sum(whole[id] != other[id] for id in whole) < 180, "another seed, other sides"
     assert built(300, 0, rows[::2]) == {row["id"]: whole[row["id"]] for row in rows[::2]}
-
-
-def test_hostile_text_stays_data(study):
-    tame = Page(study(["a", "b"])[0])
-    page, _ = study(HOSTILE, "--overwrite")
-    hostile = Page(page)
-    assert hostile.tags == tame.tags and len(tame.tags) > 30, "no tag more than without it"
-    assert len(hostile.raw) == 3 and hostile.raw[0] == tame.raw[0] and hostile.raw[2] == tame.raw[2]
-    assert sorted(item["prompt"] for item in page_data(page)["items"]) == sorted(HOSTILE)
-    assert not re.search(r"[<>&\u2028\u2029]", hostile.raw[1])
-    rules = dict(rule.strip().split(" ", 1) for rule in tame.policy.split(";"))
-    assert rules["default-src"] == "'none'" and "unsafe" not in tame.policy
-    assert rules["style-src"].startswith("'sha256-") and rules["script-src"].startswith("'sha256-")
-    attributes = [name for _, attributes in tame.tags for name, _ in attributes]
-    assert "content" in attributes and not [name for name in attributes if name in ("src", "href", "style")]
-    assert not [name for name in attributes if name.startswith("on")]
-    assert "innerHTML" not in tame.raw[2] and "outerHTML" not in tame.raw[2]
 
 
 def test_key_of_another_study_is_not_lost(study, tmp_path, call):
@@ -241,7 +207,12 @@ def test_agreement_of_two_and_of_three(study, tmp_path, call):
     # item agreements 1, 1/3, 1, 1, 1/3, 1; totals A 9, tie 4, B 5 of 18: P_e 61/162
     assert agreement("annotators", "3 annotators") == (6, pytest.approx(7 / 9), pytest.approx(65 / 101))
     assert found["annotators", "Harmlessness", "3 annotators"]["kappa_of"] == "Fleiss"
+    assert agreement("annotators", "3 annotators", "Helpfulness") == (6, 1, None), "all say tie only"
     assert agreement("judge", "majority") == (5, pytest.approx(4 / 5), pytest.approx(11 / 16))
+
+    succeed(call, "annotate", "--exports", *files, *out, "--judge_tie", 1)
+    found = numbers(tmp_path / "out")
+    assert counts("judge") == [5, 2, 2, 1], "7 and 6 are a tie now"
 
 
 def test_items_that_not_all_have_answered(study, tmp_path, call):
@@ -261,78 +232,44 @@ def test_items_that_not_all_have_answered(study, tmp_path, call):
     assert (row["items"], float(row["agreement"]), row["kappa"]) == ("2", 1, ""), "both know A only"
     assert found["annotators", "Helpfulness", "r1 and r2"]["agreement"] == ""
     assert found["judge", "Harmlessness", "majority"]["items"] == "5", "one annotator of an item is its majority"
-    assert agree(*files)[1]["annotators", "Harmlessness", "3 annotators"]["items"] == "0"
+    row = agree(*files)[1]["annotators", "Harmlessness", "3 annotators"]
+    assert (row["items"], row["agreement"], row["kappa"]) == ("0", "", "")
     output, found = agree(files[0])
     assert not [who for table, _, who in found if table == "annotators"]
     assert "majority |" not in output, "of one it is no news"
 
 
-def test_fleiss_kappa_by_hand():
-    # the textbook example of 14 raters, 10 subjects, 5 categories: P̄ 0.378, P_e 0.213, κ 0.210
-    counts = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1]]
-    counts += [[7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
-    equal, kappa = annotate.fleiss_kappa(counts)
-    assert kappa == pytest.approx(0.210, abs=5e-4) and equal.mean() == pytest.approx(0.378, abs=5e-4)
-    assert equal[:2] == pytest.approx([1, 23 / 91])  # (1 + 15 + 6 + 1) of 91 pairs
-    for undefined in ([], [[3, 0, 0], [3, 0, 0]]):
-        assert math.isnan(annotate.fleiss_kappa(undefined)[1])
-    assert annotate.majority(["A", "B"]) == "tie" and annotate.majority(["A", "A", "B", "tie"]) == "tie"
-
-
-def test_ties_of_the_judge():
-    key = {"systems": ["X", "Y"], "dimensions": ["d", "e"]}
-    key["items"] = [
-        {"item": "1", "scores": {"X": [5.2, 5], "Y": [5.0, 5]}},
-        {"item": "2", "scores": {"X": [1, 2], "Y": None}},
-    ]
-    assert annotate.judge_choices(key, 0) == {("d", "1"): "A", ("e", "1"): "tie"}
-    assert annotate.judge_choices(key, 0.3) == {("d", "1"): "tie", ("e", "1"): "tie"}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
+def test_bad_exports_and_files_are_one_line(study, tmp_path, call):
+    _, key = study()
+    whole = make_export(key, "r 1", *ONE)
+    first, second = whole["answers"][:2]
+    for change, said in (
         ({"study": "0" * 16}, "the key is of"),
         ({"annotator": "  "}, "no 'annotator'"),
         ({"answers": None}, "no list 'answers'"),
         ({"answers": []}, "no answers"),
         ({"answers": ["left"]}, "answer 1: not an object"),
-        ({"item": "p0"}, "answer 2: unknown item 'p0'"),
-        ({"item": ["x"]}, "answer 2: unknown item"),
-        ({"dimension": "Style"}, "answer 2: unknown dimension 'Style'"),
-        ({"choice": "A"}, "answer 2: choice 'A'; one of left, tie, right"),
-        ({"twice": 1}, "answer 3: item"),
-    ],
-)
-def test_bad_exports(study, tmp_path, call, change, said):
-    export = make_export(study()[1], "r1", *ONE)
-    if "twice" in change:
-        export["answers"][2] = export["answers"][0]
-    elif change.keys() & export.keys():
-        export |= change
-    else:
-        export["answers"][1] |= change
-    file = save(tmp_path / "bad.json", export)
-    assert str(file) in refuse(call, "annotate", said, "--exports", file, "--output_dir", tmp_path / "out")
-    assert not (tmp_path / "out" / "annotate_agreement.md").exists()
+        ({"answers": [first, second | {"item": "p0"}]}, "answer 2: unknown item 'p0'"),
+        ({"answers": [first, second | {"item": ["x"]}]}, "answer 2: unknown item"),
+        ({"answers": [first, second | {"dimension": "Style"}]}, "answer 2: unknown dimension 'Style'"),
+        ({"answers": [first, second | {"choice": "A"}]}, "answer 2: choice 'A'; one of left, tie, right"),
+        ({"answers": [first, second, first]}, "answer 3: item"),
+    ):
+        file = save(tmp_path / "bad.json", whole | change)
+        assert str(file) in refuse(call, "annotate", said, "--exports", file, "--output_dir", tmp_path / "out")
 
-
-def test_bad_files(study, tmp_path, call):
-    _, key = study()
-    good = save(tmp_path / "good.json", make_export(key, "r 1", *ONE))
-    again = save(tmp_path / "again.json", make_export(key, " r  1 ", *TWO))
-    save(tmp_path / "list.json", [])
+    good, again = save(tmp_path / "good.json", whole), make_export(key, " r  1 ", *TWO)
     for said, *options in (
-        ("annotator 'r 1' again", "--exports", good, again),
+        ("annotator 'r 1' again", "--exports", good, save(tmp_path / "again.json", again)),
         ("no such file", "--exports", tmp_path / "none.json"),
         ("broken JSON", "--exports", save(tmp_path / "broken.json", "{")),
-        ("not a JSON object", "--exports", tmp_path / "list.json"),
-        ("no list 'answers'", "--exports", tmp_path / "out" / "annotate_key.json"),
+        ("not a JSON object", "--exports", save(tmp_path / "list.json", [])),
         ("no key of this script", "--exports", good, "--key", good),
         ("at least 0", "--exports", good, "--judge_tie", -1),
         ("annotate_key.json: no such file", "--exports", good, "--output_dir", tmp_path / "empty"),
     ):
         refuse(call, "annotate", said, "--output_dir", tmp_path / "out", *options)
+    assert not (tmp_path / "out" / "annotate_agreement.md").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +303,7 @@ def wait_for_file(page, name: str) -> dict:
     return json.loads((page.downloads / name).read_text(encoding="utf-8"))
 
 
-def test_annotation_by_keyboard_reload_export_agreement(study, tmp_path, call, chromium):
+def test_annotation_by_keyboard_reload_and_export(study, chromium):
     page, key = study()
     shown = page_data(page)["items"]
     chromium.open(page)
@@ -427,16 +364,6 @@ def test_annotation_by_keyboard_reload_export_agreement(study, tmp_path, call, c
     ]
     assert export == {"study": key["study"], "annotator": "Ann 123 ü", "answers": answers}
 
-    file = chromium.downloads / "annotate_Ann_123_ü.json"
-    other = save(tmp_path / "r2.json", make_export(key, "r2", *ONE))
-    succeed(call, "annotate", "--exports", file, other, "--output_dir", tmp_path / "out")
-    systems = {"Zebra9": "A", "Quokka7": "B"}
-    mine = {item["id"]: systems[item[choices[0]]] for item, choices in zip(key["items"], chosen, strict=True)}
-    row = numbers(tmp_path / "out")["choices", "Harmlessness", "Ann 123 ü"]
-    assert (int(row["A"]), int(row["B"])) == tuple(list(mine.values()).count(system) for system in "AB")
-    row = numbers(tmp_path / "out")["annotators", "Harmlessness", "Ann 123 ü and r2"]
-    assert float(row["agreement"]) == pytest.approx(sum(mine[f"p{i}"] == ONE[0][i] for i in range(6)) / 6)
-
 
 def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     page, key = study(None, "--seed", 5)
@@ -466,28 +393,25 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
         file.send_keys(str(less))
         alert(chromium, answer)
         wait(lambda count=count: text(chromium, "count") == f"{count} of 12 answered")
-    file.send_keys(str(tmp_path / "half.json"))
-    alert(chromium, "accept")
-    wait(lambda: text(chromium, "count") == "6 of 12 answered")
 
     # who works on the buttons is taken to the top of the next item
     chromium.script("document.querySelectorAll('.choices button')[3].focus()")
     chromium.press(ENTER)
-    assert text(chromium, "place") == "Item 2 of 6" and text(chromium, "count") == "7 of 12 answered"
+    assert text(chromium, "place") == "Item 2 of 6" and text(chromium, "count") == "3 of 12 answered"
     assert chromium.script("return document.activeElement.id") == "place"
     chromium.script(
         "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: '1', bubbles: true, repeat: true}))"
     )
-    assert text(chromium, "count") == "7 of 12 answered", "a key that is held down is one answer"
+    assert text(chromium, "count") == "3 of 12 answered", "a key that is held down is one answer"
 
     first = chromium.driver.current_window_handle
     chromium.driver.switch_to.new_window("tab")
     chromium.open(page)
     second = chromium.driver.current_window_handle
-    wait(lambda: text(chromium, "count") == "7 of 12 answered")
+    wait(lambda: text(chromium, "count") == "3 of 12 answered")
     chromium.press("u")
     chromium.driver.switch_to.window(first)
-    wait(lambda: text(chromium, "count") == "6 of 12 answered")  # what another tab has done, before that one is closed
+    wait(lambda: text(chromium, "count") == "2 of 12 answered")  # what another tab has done, before that one is closed
     assert text(chromium, "place") == "Item 2 of 6"
     chromium.driver.switch_to.window(second)
     chromium.driver.close()
@@ -499,8 +423,8 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     chromium.press("1")
     study(None, "--seed", 5, "--overwrite")
     chromium.open(page)
-    assert text(chromium, "count") == "6 of 12 answered"
-    for answer, count in (("dismiss", 6), ("accept", 0)):
+    assert text(chromium, "count") == "2 of 12 answered"
+    for answer, count in (("dismiss", 2), ("accept", 0)):
         chromium.driver.find_element("id", "restart").click()
         alert(chromium, answer)
         assert text(chromium, "count") == f"{count} of 12 answered"
@@ -548,6 +472,8 @@ def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
         assert number == len(HOSTILE) or chromium.script("return scrollY") == 0, "each item from its top"
     assert max(below) > 500
     assert chromium.script("return [window.hacked, document.images.length, document.scripts.length]") == [None, 0, 2]
+    assert chromium.script("return document.querySelectorAll('[src], [href], [style]').length") == 0
+    assert not re.search("innerHTML|outerHTML", page.read_text(encoding="utf-8"))
     assert chromium.script("return performance.getEntriesByType('resource').length") == 0
     assert chromium.messages() == []
 
@@ -562,8 +488,9 @@ def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
         const done = arguments[0], seen = [];
         document.addEventListener("securitypolicyviolation", (event) => {
           seen.push(event.effectiveDirective);
-          if (seen.length === 3) done(seen.sort());
+          if (seen.length === 4) done(seen.sort());
         });
+        document.body.setAttribute("style", "color: red");
         const script = document.createElement("script");
         script.textContent = "window.hacked = 6";
         document.body.append(script);
@@ -571,6 +498,6 @@ def test_hostile_text_is_shown_and_nothing_runs(study, chromium):
         fetch("data:,").catch(() => null);
     """
     found = chromium.driver.execute_async_script(blocked)
-    assert found == ["connect-src", "img-src", "script-src-elem"]
+    assert found == ["connect-src", "img-src", "script-src-elem", "style-src-attr"]
     assert chromium.script("return window.hacked") is None
     chromium.messages()  # reads away what this has caused
