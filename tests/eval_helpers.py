@@ -1,9 +1,11 @@
-"""What the tests of eval/ share: a script that succeeds or refuses in one line, its tables, records of stages."""
+"""What the tests of eval/ share: scripts that succeed or refuse in one line, tables, records, a judge to order."""
 
 import csv
 import json
 import re
 from pathlib import Path
+
+import common
 
 
 def succeed(call, script: str, *options) -> str:
@@ -39,3 +41,23 @@ def write_record(folder: Path, stage: str, complete: bool = True, inputs: dict |
     """NN_args.json of a stage; more: its "args", and "checked", "versions" and the like."""
     record = {"stage": stage, "args": {}, "earlier": {}, "inputs": inputs or {}, "complete": complete} | more
     (folder / f"{stage[:2]}_args.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def judge_by(monkeypatch, says, choose=None) -> list[tuple]:
+    """Lets says(prompt, temperature) answer as the judge, and choose(prompt, skeleton, options) choose.
+
+    Gives what the judge is asked for answers: (conversation, temperature, seed, longest answer).
+    """
+    seen, make_engine = [], common.make_engine
+
+    class Judge(common.Engine):
+        def complete(self, chats, seeds, *, temperature, max_new_tokens):
+            seen.extend((chat, temperature, seed, max_new_tokens) for chat, seed in zip(chats, seeds, strict=True))
+            return [common.Completion(says(chat[-1]["content"], temperature), 3, False) for chat in chats]
+
+        def choose(self, chats, skeleton, options):
+            return [choose(chat[-1]["content"], skeleton, options) for chat in chats]
+
+    make = lambda args, prefix="": Judge("judge") if prefix else make_engine(args)  # noqa: E731
+    monkeypatch.setattr(common, "make_engine", make)
+    return seen
