@@ -9,8 +9,8 @@ from collections import Counter
 import mtbench
 import pytest
 import torch
-from conftest import ROOT, TEMPLATES, make_model, make_tokenizer, read_rows, run_script, write_rows
-from eval_helpers import csv_rows, refuse, succeed
+from conftest import ROOT, TEMPLATES, make_model, make_tokenizer, read_rows, write_rows
+from eval_helpers import csv_rows, judge_by, refuse, succeed
 
 import common
 
@@ -49,24 +49,6 @@ def options(models, tmp_path):
 @pytest.fixture
 def two(models):
     return ["--models", f"one={models['plain']}", f"two={models['bos']}"]
-
-
-@pytest.fixture
-def judge_says(monkeypatch):
-    """judge_says(function of a conversation and its temperature): what the judge answers; -> what it was asked."""
-    seen, make_engine = [], common.make_engine
-
-    def start(says):
-        class Judge(common.Engine):
-            def complete(self, chats, seeds, *, temperature, max_new_tokens):
-                seen.extend((chat, temperature, seed) for chat, seed in zip(chats, seeds, strict=True))
-                return [common.Completion(says(chat[-1]["content"], temperature), 3, False) for chat in chats]
-
-        make = lambda args, prefix="": Judge("judge") if prefix else make_engine(args)  # noqa: E731
-        monkeypatch.setattr(common, "make_engine", make)
-        return seen
-
-    return start
 
 
 def rows_of(tmp_path, what, model="one"):
@@ -149,48 +131,27 @@ def test_prompts_and_temperatures_are_the_published_ones():
 
 def test_judge_request_of_a_worked_example():
     """Which of the published prompts, and what stands where; braces in an answer stay as they are."""
-    question = GOOD | {"references": REFERENCES[0]["choices"][0]["turns"]}
-    fields = {"question_1": "1 + 1?", "question_2": "And + 1?", "reference_1": "2.", "reference_2": "It is 3."}
-
-    def wanted(name, **fields):
-        system, text = mtbench.JUDGE_PROMPTS[name]
-        for key, value in fields.items():
-            text = text.replace(f"{{{key}}}", value)
-        return system, text
-
-    first = wanted("single-math-v1", **fields, answer_1="{two}")
-    second = wanted("single-math-v1-multi-turn", **fields, answer_1="{two}", answer_2="4")
-    for turn, (system, text) in enumerate((first, second), 1):
-        assert mtbench.judge_request(question, ["{two}", "4"], turn, True) == common.as_messages(text, system)
-        alone = f"[Instruction]\n{system.strip()}\n\n{text}" if turn == 2 else text
-        assert mtbench.judge_request(question, ["{two}", "4"], turn, False) == common.as_messages(alone)
-        assert "{two}" in text
-    plain, fields = QUESTIONS[0] | {"references": None}, {"question_1": "Write {a} poem.", "question_2": "Shorter!"}
-    for turn, name in ((1, "single-v1"), (2, "single-v1-multi-turn")):
-        system, text = wanted(name, **fields, answer_1="one", answer_2="two")
-        assert mtbench.judge_request(plain, ["one", "two"], turn, True) == common.as_messages(text, system)
-
-
-RATINGS = {5: ["Rating: [[5]]"], 10: ["Good. [[10]]"], 5.5: ["[[5.5]]"], 7: ["[[7.0]]"], 8: ["[[8.]]"]}
-RATINGS |= {6: ["a list [3], yet Rating: [[6]]"], 4: ["Rating: [4]"]}
-RATINGS[9] = ["[[9]], so: [[9]]", "<think>[[2]]?</think> Rating: [[9]]", "as [[rating]]: **Rating**: [9]"]
-RATINGS[None] = ["first [[2]], then [[9]]", "Rating: 5", "[[rating]]", "[[0]]", "[[11]]", "[[-3]]", "[[8/10]]", ""]
-RATINGS[None] += ["see [3]: [[7-8]]", "a list [3]. Rating: 6"]
-
-
-@pytest.mark.parametrize(("text", "rating"), [(text, rating) for rating, texts in RATINGS.items() for text in texts])
-def test_rating_parser(text, rating):
-    """FAULTS 13: null if more than one is named."""
-    found = mtbench.parse_rating(text)
-    assert found == rating and type(found) is type(rating)
+    math, plain = GOOD | {"references": ["2.", "It is 3."]}, QUESTIONS[0] | {"references": None}
+    for question, name in ((math, "single-math-v1"), (plain, "single-v1")):
+        for turn, kind in ((1, name), (2, f"{name}-multi-turn")):
+            system, text = mtbench.JUDGE_PROMPTS[kind]
+            pairs = {"question": question["turns"], "answer": ["{two}", "4"], "reference": question["references"] or []}
+            for key, pair in pairs.items():
+                for i, value in enumerate(pair, 1):
+                    text = text.replace(f"{{{key}_{i}}}", value)
+            assert "{two}" in text
+            assert mtbench.judge_request(question, ["{two}", "4"], turn, True) == common.as_messages(text, system)
+            alone = f"[Instruction]\n{system.strip()}\n\n{text}" if turn == 2 else text
+            assert mtbench.judge_request(question, ["{two}", "4"], turn, False) == common.as_messages(alone)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers.
 
 
-def test_second_turn_has_the_first_answer_in_its_context(call, options, tmp_path, judge_says, models, monkeypatch):
-    judge_says(lambda prompt, temperature: "[[7]]")
+def test_what_the_model_and_the_judge_read(call, options, tmp_path, models, monkeypatch):
+    """The second turn has the first answer in its context; the judge sees each turn once, and greedily."""
+    seen = judge_by(monkeypatch, lambda prompt, temperature: "Rating: [[7]]")
     read, generate = [], common.generate
 
     def spy(model, tokenizer, prompts, seeds, **options):
@@ -199,25 +160,30 @@ def test_second_turn_has_the_first_answer_in_its_context(call, options, tmp_path
         return generate(model, tokenizer, prompts, seeds, **options)
 
     monkeypatch.setattr(common, "generate", spy)
-    succeed(call, "mtbench", *options, "--batch_size", 2)
-    rows, asked = {row["id"]: row for row in rows_of(tmp_path, "answers")}, set()
+    out = succeed(call, "mtbench", *options, "--batch_size", 2)
+    rows, asked, judged = {row["id"]: row["turns"] for row in rows_of(tmp_path, "answers")}, [], []
     assert list(rows) == [81, 82, 111, 131]
     for question in QUESTIONS:
         first, second = question["turns"]
-        answer = rows[question["question_id"]]["turns"][0]
+        answers = rows[question["question_id"]]
         turn_1 = f"<|im_start|>user\n{first}<|im_end|>\n<|im_start|>assistant\n"
-        turn_2 = f"{turn_1}{answer}<|im_end|>\n<|im_start|>user\n{second}<|im_end|>\n<|im_start|>assistant\n"
+        turn_2 = f"{turn_1}{answers[0]}<|im_end|>\n<|im_start|>user\n{second}<|im_end|>\n<|im_start|>assistant\n"
         temperature = {"writing": 0.7, "math": 0.0, "extraction": 0.0}[question["category"]]
-        asked |= {(turn_1, temperature), (turn_2, temperature)}
-    assert set(read) == asked and len(read) == 8
+        asked += [(turn_1, temperature), (turn_2, temperature)]
+        whole = question | {"references": ["2.", "It is 3."] if question["category"] == "math" else None}
+        judged += [(mtbench.judge_request(whole, answers, turn, True), 0.0) for turn in (1, 2)]
+    assert sorted(read) == sorted(asked)
+    assert sorted(map(str, judged)) == sorted(str((chat, temperature)) for chat, temperature, *_ in seen)
+    assert table_of(tmp_path)["one", mtbench.OVERALL, "both"]["mean"] == "7.0"
+    assert "7: 8" in out and "rated: 8" in out and "minus" not in out, "one model has no difference"
     # greedy answers by transformers' own generation
     model, tokenizer = common.load_model(models["plain"]), common.load_tokenizer(models["plain"])
-    texts = ("user", "1 + 1?"), ("assistant", rows[111]["turns"][0]), ("user", "And + 1?")
+    texts = ("user", "1 + 1?"), ("assistant", rows[111][0]), ("user", "And + 1?")
     chat = [{"role": role, "content": text} for role, text in texts]
     ids = torch.tensor([common.encode_chat(tokenizer, chat)])
     with torch.no_grad():
         written = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
-    assert tokenizer.decode(written, skip_special_tokens=True).strip() == rows[111]["turns"][1]
+    assert tokenizer.decode(written, skip_special_tokens=True).strip() == rows[111][1]
 
 
 def test_answers_end_where_the_context_does(models):
@@ -236,31 +202,18 @@ def test_answers_end_where_the_context_does(models):
 # Judgments and tables.
 
 
-def test_judge_sees_each_turn_once_and_greedily(call, options, tmp_path, judge_says):
-    seen = judge_says(lambda prompt, temperature: "Rating: [[7]]")
-    out = succeed(call, "mtbench", *options)
-    assert len(seen) == 8 and {temperature for _, temperature, _ in seen} == {0.0}
-    answers, wanted = {row["id"]: row["turns"] for row in rows_of(tmp_path, "answers")}, []
-    for question in QUESTIONS:
-        whole = question | {"references": ["2.", "It is 3."] if question["category"] == "math" else None}
-        wanted += [mtbench.judge_request(whole, answers[question["question_id"]], turn, True) for turn in (1, 2)]
-    assert sorted(map(str, wanted)) == sorted(str(chat) for chat, *_ in seen)
-    assert table_of(tmp_path)["one", mtbench.OVERALL, "both"]["mean"] == "7.0"
-    assert "7: 8" in out and "rated: 8" in out and "minus" not in out, "one model has no difference"
-
-
-def test_unparsed_is_asked_twice_more_then_null(call, options, tmp_path, judge_says):
+def test_unparsed_is_asked_twice_more_then_null(call, options, tmp_path, monkeypatch):
     def says(prompt, temperature):
-        return "I would say 5 of 10" if "1 + 1" in prompt else "[[4]]" if temperature else "well…"
+        return "Rating: 5 of 10" if "1 + 1" in prompt else "[[4]]" if temperature else "well…"
 
-    seen = judge_says(says)
+    seen = judge_by(monkeypatch, says)
     out = succeed(call, "mtbench", *options)
     rows = rows_of(tmp_path, "judgments")
     assert [row["rating"] for row in rows] == [4, 4, 4, 4, None, None, 4, 4]
     assert [row["tries"] for row in rows] == [2, 2, 2, 2, 3, 3, 2, 2]
-    assert rows[4]["judgment"] == "I would say 5 of 10" and rows[4]["turn"] == 1
+    assert rows[4]["judgment"] == "Rating: 5 of 10" and rows[4]["turn"] == 1
     for prompt in {chat[-1]["content"] for chat, *_ in seen}:
-        tries = [(temperature, seed) for chat, temperature, seed in seen if chat[-1]["content"] == prompt]
+        tries = [(temperature, seed) for chat, temperature, seed, _ in seen if chat[-1]["content"] == prompt]
         assert [temperature for temperature, _ in tries] == [0.0, 1.0, 1.0][: 3 if "1 + 1" in prompt else 2]
         assert len(set(tries)) == len({seed for _, seed in tries}) == len(tries)
     assert "no rating in three tries (null): 2;" in out and "answers to judge; " in out
@@ -288,8 +241,8 @@ def test_means_intervals_and_differences_by_hand():
     assert other[mtbench.OVERALL, "both"]["difference"] == 0.5, "question 1 alone has all four ratings"
 
 
-def test_several_models_side_by_side_and_refusals(call, options, two, tmp_path, judge_says, monkeypatch):
-    judge_says(lambda prompt, temperature: f"[[{3 + len(prompt) % 5}]]")
+def test_several_models_side_by_side_and_refusals(call, options, two, tmp_path, monkeypatch):
+    judge_by(monkeypatch, lambda prompt, temperature: f"[[{3 + len(prompt) % 5}]]")
     out = succeed(call, "mtbench", *options, *two)
     text = (tmp_path / "out" / "mtbench.md").read_text(encoding="utf-8")
     assert text.strip() in out and "both, minus one" in text
@@ -323,6 +276,7 @@ def test_a_judge_without_room_gives_null(call, options, tmp_path):
 def test_self_judging_is_warned_of_and_a_template_without_system_works(call, options, models, tmp_path):
     code, _, err = call("mtbench", *options, "--judge_model", models["plain"])
     assert code == 0 and "judges itself" in err
+    assert all(isinstance(row["judgment"], str) for row in rows_of(tmp_path, "judgments")), "of no mock"
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     (tmp_path / "x.jinja").write_text(refuses + TEMPLATES["plain"])
     more = ("--judge_chat_template", tmp_path / "x.jinja", "--limit", 1, "--output_dir", tmp_path / "other")
@@ -335,8 +289,8 @@ def test_self_judging_is_warned_of_and_a_template_without_system_works(call, opt
 # Resume.
 
 
-def test_resume_ends_with_the_same_bytes(call, options, two, tmp_path, judge_says, monkeypatch):
-    seen = judge_says(lambda prompt, temperature: f"[[{3 + len(prompt) % 5}]]")
+def test_resume_ends_with_the_same_bytes(call, options, two, tmp_path, monkeypatch):
+    seen = judge_by(monkeypatch, lambda prompt, temperature: f"[[{3 + len(prompt) % 5}]]")
     names = ("mtbench_answers_two.jsonl", "mtbench_judgments_two.jsonl", "mtbench.md", "mtbench.csv")
     files = [tmp_path / "out" / name for name in names]
     succeed(call, "mtbench", *options, *two, "--batch_size", 2)
@@ -352,8 +306,8 @@ def test_resume_ends_with_the_same_bytes(call, options, two, tmp_path, judge_say
     assert [file.read_bytes() for file in files] == whole
 
 
-def test_another_judge_finds_the_answers_and_other_answers_are_refused(call, options, two, tmp_path, judge_says):
-    seen = judge_says(lambda prompt, temperature: "[[5]]")
+def test_another_judge_finds_the_answers_and_other_answers_are_refused(call, options, two, tmp_path, monkeypatch):
+    seen = judge_by(monkeypatch, lambda prompt, temperature: "[[5]]")
     succeed(call, "mtbench", *options)
     before = (tmp_path / "out" / "mtbench_answers_one.jsonl").read_bytes()
     said = "was made with --judge_max_new_tokens 5, not 6"
@@ -367,13 +321,3 @@ def test_another_judge_finds_the_answers_and_other_answers_are_refused(call, opt
     assert len(seen) == count + 8, "a further model: only its answers are new"
     succeed(call, "mtbench", *options, "--overwrite", "--limit", 1)
     assert len(rows_of(tmp_path, "answers")) == 3
-
-
-def test_as_a_user_runs_it(options, two, tmp_path):
-    """No mock: a tiny judge finds hardly any rating, and the tables say so."""
-    done = run_script("eval/mtbench.py", *options, *two, "--limit", 1)
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(tmp_path, "judgments") + rows_of(tmp_path, "judgments", "two")
-    assert len(rows) == 12 and all(isinstance(row["judgment"], str) for row in rows)
-    assert f"no rating in three tries (null): {sum(row['rating'] is None for row in rows)};" in done.stdout
-    assert "| one" in done.stdout and "both, minus one" in done.stdout and "Traceback" not in done.stderr
