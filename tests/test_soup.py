@@ -47,6 +47,4 @@ def test_appendix_e():
     grid = list(product(range(1, 11), range(1, 11)))
     assert appendix_e.bound(grid) == 20 and appendix_e.count_orders(grid, 20.01) == (4950, 0, 0)
     assert appendix_e.count_orders(grid, 9) == (4941, 9, 0) and appendix_e.count_orders(grid, 9.001) == (4950, 0, 0)
-    assert appendix_e.count_orders(grid, 1)[2] == 870, (
-        "pairs whose preferred side has the lower total: SPEC, margin >= 2"
-    )
+    assert appendix_e.count_orders(grid, 1)[2] == 870, "whose preferred side has the lower total: SPEC, margin >= 2"
