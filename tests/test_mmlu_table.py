@@ -7,8 +7,6 @@ import pytest
 from conftest import write_rows
 from eval_helpers import csv_rows, refuse, succeed
 
-TASKS = {"mmlu_anatomy": 4, "mmlu_virology": 2}
-
 
 def samples(folder, right: dict, date="2026-11-25T23-54-14.597320", prompt="p"):
     """A folder as lm_eval 0.4.13 leaves it: right[task] has 1 or 0 for each question."""
@@ -46,7 +44,7 @@ def test_accuracies_and_paired_differences_by_hand(call, tmp_path):
 
 
 def test_what_is_refused_is_one_line(call, tmp_path):
-    right = {task: [1] * n for task, n in TASKS.items()}
+    right = {"mmlu_anatomy": [1] * 4, "mmlu_virology": [1] * 2}
     base = samples(tmp_path / "base", right)
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
