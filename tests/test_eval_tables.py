@@ -14,22 +14,12 @@ import pytest
 import reliability
 import rv
 import shared
-import torch
-from conftest import make_model, make_tokenizer, read_rows, scored_row, write_rows
-from eval_helpers import csv_rows, refuse, succeed, table_lines, write_record
+from conftest import read_rows, scored_row, write_rows
+from eval_helpers import csv_rows, judge_by, refuse, succeed, table_lines, write_record
 from scipy import stats
 
 import common
 
-# Table 3 of the paper: harmlessness, helpfulness, HH5, HH10, HH20
-TABLE_3 = {
-    "Self-Cri.": (9.65, 7.68, "9.32", "9.47", "9.56"),
-    "RS6:4": (9.87, 6.14, "9.25", "9.53", "9.69"),
-    "RS7:3": (9.80, 5.94, "9.16", "9.45", "9.62"),
-    "RS8:2": (9.30, 6.85, "8.89", "9.08", "9.18"),
-    "RS9:1": (9.90, 6.17, "9.28", "9.56", "9.72"),
-    "SPA": (9.90, 7.14, "9.44", "9.65", "9.77"),
-}
 X = np.array([[7, 6], [8, 5], [6, 8], [9, 9], [3, 4]])
 Y = np.array([[8, 6], [9, 5], [7, 9], [10, 8], [2, 5]])
 HARMLESS = {"objectives": ["harmlessness", "helpfulness"]}
@@ -52,7 +42,8 @@ def scored(folder, groups, texts=None, prompt="question {}", inputs=None, **args
 
 
 def test_table_3_to_the_digit():
-    for primary, secondary, *wanted in TABLE_3.values():
+    """Two systems of the paper's: harmlessness, helpfulness, HH5, HH10, HH20."""
+    for primary, secondary, *wanted in ((9.65, 7.68, "9.32", "9.47", "9.56"), (9.90, 7.14, "9.44", "9.65", "9.77")):
         assert [shared.round_half_up(judge_table.hh_score(primary, secondary, w)) for w in (5, 10, 20)] == wanted
 
 
@@ -324,17 +315,6 @@ def test_rv_bad_input_and_scores_that_never_vary(call, tmp_path):
     assert rv.suggest_rho(rv.pd.DataFrame(prefixes)) is None, "stage 4 refuses a ρ of 0"
 
 
-def test_pareto_front_is_what_nothing_dominates():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        points = rng.integers(1, 8, (12, 2))
-        beaten = [any((q >= p).all() and (q > p).any() for q in points) for p in points]
-        front = frontier.pareto_front(points.astype(float))
-        best = points[~np.array(beaten)].tolist()
-        assert set(map(tuple, front.tolist())) == set(map(tuple, best))
-        assert (np.diff(front[:, 0]) > 0).all()
-
-
 def test_movements(call, tmp_path):
     before = scored(tmp_path / "before", [[[5, 5]]] * 6)
     moved = [[6, 4], [5, 6], [4, 9], [5.05, 5], [5, 5], [6, 6]]
@@ -347,6 +327,7 @@ def test_movements(call, tmp_path):
     assert "secondary up): 50%; priority broken (primary down): 17%" in out
     rows = csv_rows(tmp_path / "eval" / "frontier.csv")
     assert {row["id"] for row in rows if row["run"] == "SPA" and row["on_front"] == "True"} == {"p2", "p5"}
+    assert frontier.pareto_front(np.array(moved)).tolist() == [[4, 9], [6, 6]], "in the order of the figure's line"
     assert table_lines(succeed(call, "frontier", *options))["objective 1 up"][1] == "1", "else 5.05 is a rise"
     refuse(call, "frontier", "at least 2 wanted", "--runs", f"base={before}")
     refuse(call, "frontier", "one test set at a time", "--runs", f"A:V={before}", f"A:S={after}", f"B:V={before}")
@@ -362,36 +343,6 @@ def test_outcomes_and_flips():
     for verdicts, wanted in table.items():
         assert pairwise.outcome(*verdicts) == (wanted, verdicts in ((A, A), (B, B), (A, TIE)))
     assert pairwise.outcome(None, A) == pairwise.outcome(A, None) == (None, False)
-
-
-VERDICTS = {0: ['{"better": "A"}', '{"better": "A"}, so {"better": "A"}'], 2: ['I think {"better": "tie"}']}
-VERDICTS[1] = ["```json\n{'better': 'b'}\n```", '<think>{"better": "A"}?</think> {"better": "B"}']
-VERDICTS[1] += ["better: Response B", 'B is better: it is safe. {"better": "B"}']
-VERDICTS[None] = ['{"better": "Always A"}', "A", '{"better": "both"}', '{"better": "A"} or {"better": "B"}']
-VERDICTS[None] += ['{"better": "A/B"}', "better: A or B", '{"better": "A"} and {"better": "both"}']
-VERDICTS[None] += ["better: a tie", "B is better: A is unsafe"]
-
-
-@pytest.mark.parametrize(("text", "verdict"), [(text, verdict) for verdict, of in VERDICTS.items() for text in of])
-def test_verdict_parser(text, verdict):
-    """FAULTS 13: null if more than one is named; else as common.read_fields says."""
-    assert pairwise.parse_verdict(text) == verdict
-
-
-def test_constrained_verdicts_equal_plain_forward_passes():
-    tokenizer = make_tokenizer("bos")
-    model = make_model(len(tokenizer))
-    texts = [pairwise.pairwise_prompt(["Harm", "none"], "p", "a " * n, "b") for n in (1, 30, 7)]
-    judge = common.Local("tiny", model=model, tokenizer=tokenizer)
-    args = pairwise.Args(score_mode="constrained", judge_max_new_tokens=64)
-    steps = [tokenizer(f'{{"better": "{x}"}}', add_special_tokens=False).input_ids for x in pairwise.OPTIONS]
-    start = common.shared_prefix(steps)
-    firsts = [row[start] for row in steps]  # the three part at once, so one pass decides
-    for text, verdict in zip(texts, pairwise.ask_verdicts(args, judge, texts, [0] * 3), strict=True):
-        ids = common.encode_chat(tokenizer, common.as_messages(text)) + steps[0][:start]
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -1]
-        assert verdict == logits[firsts].argmax().item() and len(set(firsts)) == 3
 
 
 def test_pairwise_with_a_local_judge_and_resume(call, tmp_path, tiny):
@@ -453,24 +404,18 @@ def test_pairwise_by_a_served_judge(call, tmp_path, monkeypatch, mode):
     """The engine of a server, without one: what it is asked, and what its answers become."""
     base = scored(tmp_path / "base", [[[5, 5]]] * 4, {(i, 0): f"plain {i}" for i in range(4)}, **HARMLESS)
     spa = scored(tmp_path / "spa", [[[5, 5]]] * 4, {(i, 0): f"good {i} indeed" for i in range(4)}, **HARMLESS)
-    tries = []
 
-    class Judge(common.Engine):
-        def choose(self, chats, skeleton, options):
-            assert (mode, "".join([skeleton[0], options[2], skeleton[1]])) == ("constrained", '{"better": "tie"}')
-            return [[common.Choice(options.index(self.prefers(chat)), [0.0] * 3)] for chat in chats]
+    def prefers(prompt):  # "good" on harmlessness, the first response on helpfulness
+        return "A" if "### Response A:\ngood" in prompt or "\nHelpfulness: " in prompt else "B"
 
-        def complete(self, chats, seeds, *, temperature, max_new_tokens):
-            assert mode == "json" and max_new_tokens == 64
-            tries.append((temperature, len(chats)))  # first nobody's answer can be read
-            answers = [json.dumps({"better": self.prefers(chat)}) if temperature else "well…" for chat in chats]
-            return [common.Completion(answer, 5, False) for answer in answers]
+    def choose(prompt, skeleton, options):
+        assert "".join([skeleton[0], options[2], skeleton[1]]) == '{"better": "tie"}'
+        return [common.Choice(options.index(prefers(prompt)), [0.0] * 3)]
 
-        def prefers(self, chat):  # "good" on harmlessness, the first response on helpfulness
-            prompt = chat[-1]["content"]
-            return "A" if "### Response A:\ngood" in prompt or "\nHelpfulness: " in prompt else "B"
+    def says(prompt, temperature):  # first nobody's answer can be read
+        return json.dumps({"better": prefers(prompt)}) if temperature else "well…"
 
-    monkeypatch.setattr(common, "make_engine", lambda args, prefix="": Judge("strict"))
+    seen = judge_by(monkeypatch, says, choose)
     options = ("--runs", f"base={base}", f"SPA={spa}", "--output_dir", tmp_path / "eval")
     out = succeed(call, "pairwise", *options, "--judge_model", "strict", "--score_mode", mode)
     rows = {row["dimension"]: row for row in csv_rows(tmp_path / "eval" / "pairwise.csv")}
@@ -479,7 +424,8 @@ def test_pairwise_by_a_served_judge(call, tmp_path, monkeypatch, mode):
     assert rows["Helpfulness"]["tie"] == "4" and rows["Helpfulness"]["flip_rate"] == "1.0"
     assert float(rows["Harmlessness"]["sign_test_p"]) == pytest.approx(0.125), "2 / 2⁴: four of four"
     assert rows["Helpfulness"]["sign_test_p"] == "1.0" and "1.00 [1.00, 1.00]" in out
-    assert {t for t, _ in tries} == ({0.0, 1.0} if mode == "json" else set())
+    asked = {(temperature, longest) for _, temperature, _, longest in seen}
+    assert asked == ({(0.0, 64), (1.0, 64)} if mode == "json" else set())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,22 +449,18 @@ def test_agreement_of_two_judges_by_hand(tmp_path):
     assert found["axes"]["objective 2"] == pytest.approx([1, 2 / 3, 2 / 3]) and found["responses"] == 3
 
 
-@pytest.mark.parametrize("how", ["paraphrases", "sampled"])
-def test_reliability_run(call, tmp_path, tiny, how):
+def test_reliability_run(call, tmp_path, tiny):
+    """FAULTS 26: det_min, ρ, ddof and cov_scope are those with which stage 4 has run, where it has."""
     args = {"model": tiny(), "score_mode": "expected", "with_instruction": True, **HARMLESS}
     groups = [[[5, 5], [6, 4], [7, 7]], [[1, 1], [1, 1]], [[2, 9], [9, 1], [3, 3]]]
     folder = scored(tmp_path / "run", groups, **args)
     other = scored(tmp_path / "other", [[[5, 5], [6, 4], [8, 7]], [[1, 1], None], [[2, 9], [9, 1], [3, 3]]], **args)
     out = ("--output_dir", tmp_path / "eval")
-    options = ("--runs", f"A={folder}", "--others", other, "--k", 3, "--how", how, *out, "--rho", 5)
-    if how == "sampled":  # a random model writes no JSON
-        refuse(call, "reliability", "fewer than two prompts have scores", *options)
-    text = succeed(call, "reliability", *options) if how == "paraphrases" else ""
+    options = ("--runs", f"A={folder}", "--others", other, "--k", 3, *out, "--rho", 5)
+    text = succeed(call, "reliability", *options)
     rows = read_rows(tmp_path / "eval" / "reliability_A.jsonl")
     assert [len(row["times"]) for row in rows] == [3, 2, 3]
     assert all(len(times) == 3 for row in rows for times in row["times"])
-    if how == "sampled":
-        return
     judge, settings = common.Local(tiny()), reliability.Args(**args, judge_max_new_tokens=64)
     for turn in (0, 1):  # the first wording is the paper's
         settings.judge_template = reliability.PARAPHRASES[turn]
@@ -535,51 +477,47 @@ def test_reliability_run(call, tmp_path, tiny, how):
     assert "7 responses that both judges scored" in text and "not read: 0 of 24" in text
     assert table_lines(text)["Harmlessness"][0] == "–" and table_lines(text)["all"][1:] == ["–", "–", "–"]
     refuse(call, "reliability", "there are 4 paraphrases", *options, "--k", 9)
+    sampled = ("--how", "sampled", "--output_dir", tmp_path / "sampled")  # a random model writes no JSON
+    refuse(call, "reliability", "fewer than two prompts have scores", *options, *sampled)
+
+    stage, rows = importlib.import_module("04_denoise"), read_rows(folder / "02_scores.jsonl")
+    for row, scores in zip(rows, ([9, 9], None, [10, 10]), strict=True):
+        row["refined"] = {"text": "better", "scores": scores}
+    write_rows(folder / "03_refined.jsonl", rows)
+    stage.main(stage.Args(run_dir=str(folder), rho=400.0, det_min=20.0, ddof=1, cov_scope="all"))
+    two = ("--runs", f"A={folder}", f"B={other}", "--k", 3, *out)
+    text = succeed(call, "reliability", *two)
+    assert "reliability_A.jsonl is complete already" in text
+    assert "kept, 20 < det ≤ 400 " in text and "### B" in text and "kept, 0 < det ≤ 30 " in text
+    found = csv_rows(tmp_path / "eval" / "reliability.csv", "run", "id")
+    # with (9, 9) and (10, 10): (Σ(a−ā)² Σ(b−b̄)² − (Σ(a−ā)(b−b̄))²) / 3². Without p1's refined answer its candidates
+    # count, which are equal; the other judge has read one of them alone
+    dets = {key: float(row["det"]) for key, row in found.items()}
+    assert dets["A", "p0"] == pytest.approx((8.75 * 14.75 - 10.25**2) / 9) and dets["A", "p1"] == 0
+    assert dets["A", "p2"] == pytest.approx((50 * 58.75 - 2**2) / 9)
+    assert dets.keys() == {("A", "p0"), ("A", "p1"), ("A", "p2"), ("B", "p0"), ("B", "p2")}
+    assert [found["A", f"p{i}"]["kept"] for i in range(3)] == ["False", "False", "True"]
+    assert "kept, 20 < det ≤ 7 " in succeed(call, "reliability", *two, "--rho", 7)
+    refuse(call, "reliability", "--others: 1 for 2 runs", *two, "--others", other)
     write_record(other, "02_score", args={"objectives": ["honesty", "helpfulness"]})
     refuse(call, "reliability", "02_scores.jsonl was scored on ['Honesty', ", *options)
-    two = ("--runs", f"A={folder}", f"B={folder}", "--k", 3, *out, "--rho", 5)
-    text = succeed(call, "reliability", *two)
-    assert "reliability_A.jsonl is complete already" in text and "### B" in text
-    assert len(csv_rows(tmp_path / "eval" / "reliability.csv")) == 6
-    refuse(call, "reliability", "--others: 1 for 2 runs", *two, "--others", other)
 
 
 def test_sampled_answers_are_drawn_at_temperature_1(call, tmp_path, monkeypatch):
     """And scores that were read as P(Yes) have no wording: they are read as expected ones here."""
     folder = scored(tmp_path / "run", [[[5, 5], [6, 4]]] * 2, judge_model="j", score_mode="choice", **HARMLESS)
-    asked = []
 
-    class Judge(common.Engine):
-        def complete(self, chats, seeds, *, temperature, max_new_tokens):
-            asked.extend((temperature, seed) for seed in seeds)
-            answer = json.dumps({"Harmlessness": 1 + len(asked) % 9, "Helpfulness": 3})
-            return [common.Completion(answer, 5, False) for _ in chats]
+    def says(prompt, temperature):
+        return json.dumps({"Harmlessness": 1 + len(seen) % 9, "Helpfulness": 3})
 
-        def choose(self, chats, skeleton, options):
-            return [[common.Choice(4, np.log([0.1] * 10).tolist())] * 2 for _ in chats]
+    def choose(prompt, skeleton, options):
+        return [common.Choice(4, np.log([0.1] * 10).tolist())] * 2
 
-    monkeypatch.setattr(common, "make_engine", lambda args, prefix="": Judge("j"))
+    seen = judge_by(monkeypatch, says, choose)
     options = ("--runs", f"A={folder}", "--k", 2, "--output_dir")
     succeed(call, "reliability", *options, tmp_path / "sampled", "--how", "sampled")
-    assert {temperature for temperature, _ in asked} == {1.0} and len(set(asked)) == len(asked) == 8
+    assert {temperature for _, temperature, *_ in seen} == {1.0}
+    assert len({seed for _, _, seed, _ in seen}) == len(seen) == 8
     code, _, err = call("reliability", *options, tmp_path / "worded")
     assert code == 0 and "choice has no judge prompt to put in other words" in err
     assert read_rows(tmp_path / "worded" / "reliability_A.jsonl")[0]["times"] == [[[5.5, 5.5]] * 2] * 2
-
-
-def test_reliability_reads_stage_4_s_own_bounds(tmp_path):
-    """FAULTS 26: det_min, ρ, ddof and cov_scope are those with which stage 4 has run."""
-    stage = importlib.import_module("04_denoise")
-    rows = [scored_row("a", [[7, 6], [8, 5], [6, 8]], [9, 9]), scored_row("b", [[1, 1], [5, 9], [9, 2]], [10, 10])]
-    rows.append(scored_row("c", [[5, 6], [6, 5], [7, 8]], None))
-    write_rows(tmp_path / "r" / "03_refined.jsonl", rows)
-    write_rows(tmp_path / "r" / "02_scores.jsonl", rows)
-    found = shared.read_run(str(tmp_path / "r"))
-    least, rho, dets = reliability.bounds_and_dets(found, None)
-    assert (least, rho) == (0.0, 30.0) and dets["a"] == pytest.approx(1 / 27) and set(dets) == set("abc")
-    stage.main(stage.Args(run_dir=str(tmp_path / "r"), rho=50.0, det_min=1.0, ddof=1, cov_scope="all"))
-    least, rho, dets = reliability.bounds_and_dets(found, None)
-    assert (least, rho) == (1.0, 50.0)
-    # four points of a: means 7.5, 7; Σ(a−ā)² = 5, Σ(b−b̄)² = 10, Σ(a−ā)(b−b̄) = 1
-    assert dets["a"] == pytest.approx((5 * 10 - 1) / 9) and set(dets) == set("abc")
-    assert reliability.bounds_and_dets(found, 7.0)[1] == 7.0
