@@ -3,10 +3,11 @@
 import importlib
 import itertools
 import json
+import re
 import shutil
 import types
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import eval_helpers
 import numpy as np
@@ -83,52 +84,27 @@ def make_run(folder: Path, rows: list[dict] | None = None, upto: int = 6) -> Pat
     return folder
 
 
-class Page(HTMLParser):
-    """Tags, tables by caption, sections by the end of their id, and all text of a page."""
+def words_of(element) -> str:
+    return "".join(element.itertext())
+
+
+class Page:
+    """What a page holds: it is XML but for its void tags. Sections stand by the end of their id, tables by caption."""
 
     def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.open, self.tables, self.sections, self.words = [], [], {}, {}, []
-        self.feed(text)
-        self.close()
-        assert self.open == [], "every element is closed"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "link"):
-            self.open.append(self.tags[-1])
-        if tag == "caption":
-            self.caption = ""
-        elif tag == "tr":
-            self.row = []
-        elif tag in ("td", "th"):
-            self.row.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-        if tag == "caption":
-            self.tables[self.caption] = self.table = []
-        elif tag == "tr":
-            self.table.append(self.row)
-
-    def handle_data(self, data):
-        if (inside := self.open[-1][0] if self.open else "") == "style":
-            return
-        self.words.append(data)
-        for key in (of["id"] for tag, of in self.open if tag == "section" and "id" in of):
-            self.sections[key.partition("-")[2] or key] = self.sections.get(key.partition("-")[2] or key, "") + data
-        if inside == "caption":
-            self.caption += data
-        elif inside in ("td", "th"):
-            self.row[-1] += data
+        text = re.sub(r"<((?:meta|link)\b[^>]*)>", r"<\1/>", text.removeprefix("<!doctype html>"))
+        self.root = ElementTree.fromstring(text.replace("<html", '<html xmlns:xlink="xlink"', 1))
+        self.words = list(self.root.itertext())
+        self.sections = {of.get("id", "").rpartition("-")[2]: words_of(of) for of in self.root.iter("section")}
+        self.tables = {words_of(of.find("caption")): of for of in self.root.iter("table")}
 
     def cells(self, caption: str) -> dict[str, list[str]]:
         """Row header -> cells of the table whose caption begins so."""
-        (table,) = [rows for name, rows in self.tables.items() if name.startswith(caption)]
-        return {row[0]: row[1:] for row in table}
+        (table,) = [table for name, table in self.tables.items() if name.startswith(caption)]
+        return {words_of(row[0]): [words_of(cell) for cell in row[1:]] for row in table.iter("tr")}
 
-    def all(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.tags if name == tag]
+    def all(self, tag: str | None = None) -> list[dict]:
+        return [element.attrib for element in self.root.iter(tag)]
 
     def labels(self) -> list[str]:
         """What those are told who can't see the figures."""
@@ -311,16 +287,12 @@ def test_pairs_and_weights(page):
     assert gaps == {str(gap): GAPS.count(gap) for gap in range(13)}
     weights = page.cells("Counts: Weights, α = 2")
     assert sum(int(cells[0]) for label, cells in weights.items() if label) == 12
-    # SPEC.md's fixture
-    assert report.pair_weights([5, 5, 4, 0, 1, 1], 1) == pytest.approx([1.875, 1.875, 1.5, 0, 0.375, 0.375])
     assert report.pair_weights([0, 0], 1) == [] and report.pair_weights([], 1) == []
 
 
 def test_training(page):
     fixed = page.cells("Over a fixed set of prompts")
-    assert fixed["loss"] == ["2.5 → 1.25 (-1.25)"] and fixed["measured over"] == ["training prompts"]
-    assert fixed["rewards/margins"] == ["-1.5 → -0.5 (+1)"] and fixed["training loss"] == ["spa"]
-    assert fixed["rewards/accuracies"] == ["0.25 → 0.75 (+0.5)"] and fixed["steps"] == ["4"]
+    assert fixed["rewards/margins"] == ["-1.5 → -0.5 (+1)"] and fixed["rewards/accuracies"] == ["0.25 → 0.75 (+0.5)"]
     steps = page.cells("Metrics by step")
     assert steps["2"] == ["0.5", "2", "-0.75", "0.5", "9", "5e-06"] and len(steps) == 5
     assert "loss. steps: 2.5 at step 1, 1 at step 4. fixed prompts: 2.5 at step 0, 1.25 at step 4" in page.labels()
@@ -345,8 +317,7 @@ def test_setting_judge_and_its_check(page, tmp_path):
     assert "Harmlessness 9 of 20 in the right order (45 % [30, 65]), 2 ties, blind to: weapons" in found
     assert "Helpfulness: no probes" in found and "must not be trained on" in found
     assert page.cells("Means")["judge check"] == ["–"] and page.cells("Means")["scores"] == ["constrained"]
-    record = json.loads((folder / "02_args.json").read_text(encoding="utf-8"))
-    (folder / "02_args.json").write_text(json.dumps(record | {"scores_read": "json"}), encoding="utf-8")
+    eval_helpers.write_record(folder, "02_score", args={"score_mode": "constrained"}, scores_read="json")
     assert page_of(folder).cells("Means")["scores"] == ["json"], "as they were read, whatever was asked for"
 
 
@@ -399,18 +370,14 @@ def test_unfinished_stages_are_left_out_and_named(tmp_path):
 
 def test_stages_that_were_not_redone_with_those_before_them_are_left_out(tmp_path, whole):
     folder = Path(shutil.copytree(whole, tmp_path / "r"))
-    record = json.loads((folder / "03_args.json").read_text(encoding="utf-8"))
-    record["inputs"] = {"source": common.digest(folder / "02_scores.jsonl")}
-    (folder / "03_args.json").write_text(json.dumps(record), encoding="utf-8")
+    eval_helpers.write_record(folder, "03_refine", inputs={"source": common.digest(folder / "02_scores.jsonl")})
     assert report.read_run("r", folder).missing == {}
     (folder / "02_scores.jsonl").write_text((folder / "02_scores.jsonl").read_text().replace("answer", "word"))
     page = page_of(folder)
     for stage in ("03_refine", "04_denoise", "05_pairs"):
         assert f"02_score.py was redone, {stage}.py not yet" in page.sections["funnel"]
     assert "a word 1" in page.sections["prompts"] and "pairs" not in page.cells("From prompts")
-    record = json.loads((folder / "04_args.json").read_text(encoding="utf-8"))
-    record["args"]["input"] = str(whole)
-    (folder / "04_args.json").write_text(json.dumps(record), encoding="utf-8")
+    write_record(folder, "04_denoise", input=str(whole))
     assert list(report.read_run("r", folder).missing) == ["03_refined.jsonl"], "04 has read another folder's"
 
 
@@ -489,7 +456,7 @@ def test_several_runs_side_by_side_and_the_same_bytes_again(tmp_path, whole):
     key = page.cells("Means with")
     assert key[""] == ["SPA", "half"]
     assert key["pairs"] == ["12", "–"] and key["prompts kept"] == ["2 (33.3 %)", "2 (33.3 %)"]
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    ids = [attributes["id"] for attributes in page.all() if "id" in attributes]
     sections = {f"#{attributes['id']}" for attributes in page.all("section")}
     assert len(ids) == len(set(ids)) and sections == {link["href"] for link in page.all("a")}
     assert "SPA: 6 prompts, 2 kept, 12 pairs, 4 training steps (06)" in done.stdout
@@ -604,22 +571,14 @@ def hostile_run(folder: Path) -> Path:
     return folder
 
 
-KNOWN_TAGS = (
-    "html head meta title link style body main nav section article h1 h2 h3 h4 h5 ul li a p strong dl dt dd "
-    "div table caption thead tbody tr th td figure figcaption span svg g defs use text rect path clippath "
-    "details summary bdi"
-)
-
-
 def check_inert(text: str) -> Page:
     """Nothing in the page can run or load, whatever the texts are."""
     page = Page(text)
-    assert {tag for tag, _ in page.tags} <= set(KNOWN_TAGS.split())
-    for tag, attributes in page.tags:
-        for name, value in attributes.items():
-            assert not name.startswith("on") and name not in ("style", "src", "srcdoc"), (tag, name)
-            assert "url(" not in (value or "") or value.startswith("url(#")
-            assert not name.endswith("href") or value.startswith("#") or (tag, value) == ("link", "data:,")
+    for element in page.root.iter():
+        for name, value in element.items():
+            assert not name.startswith("on") and name not in ("style", "src", "srcdoc"), (element.tag, name)
+            assert "url(" not in value or value.startswith("url(#")
+            assert not name.endswith("href") or value.startswith("#") or (element.tag, value) == ("link", "data:,")
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert policy.endswith("='; img-src data:; base-uri 'none'; form-action 'none'"), "and nothing else"
@@ -649,14 +608,15 @@ def test_hostile_texts_are_shown_as_text(pages):
     assert page.cells("Means with")[""][0] == HOSTILE[1]
     assert f"− dropped: {HOSTILE[0]}" in page.cells("From prompts")
     plain = pages["plain"].read_text(encoding="utf-8")
-    check_inert(plain)
+    own = {"bdi"} | {element.tag for element in check_inert(plain).root.iter()}  # which begins what is folded
+    assert {element.tag for element in page.root.iter()} <= own, "no text makes an element"
     assert not [word for word in ("http://", "https://", "@import", "<script") if word in plain], "no other address"
 
 
 def test_page_is_made_for_phones_and_screen_readers(page):
     assert any(a.get("name") == "viewport" and "width=device-width" in a["content"] for a in page.all("meta"))
     assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == 1
-    levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4", "h5")]
+    levels = [int(of.tag[1]) for of in page.root.iter() if of.tag in ("h1", "h2", "h3", "h4", "h5")]
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), "no level is left out"
     for figure in page.all("svg"):
         assert figure.get("aria-hidden") == "true" or (figure["role"] == "img" and len(figure["aria-label"]) > 20)
