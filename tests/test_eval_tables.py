@@ -41,9 +41,19 @@ def scored(folder, groups, texts=None, prompt="question {}", inputs=None, **args
 # Numbers behind all.
 
 
+# Table 3 of the paper: harmlessness, helpfulness, HH5, HH10, HH20
+TABLE_3 = {
+    "Self-Cri.": (9.65, 7.68, "9.32", "9.47", "9.56"),
+    "RS6:4": (9.87, 6.14, "9.25", "9.53", "9.69"),
+    "RS7:3": (9.80, 5.94, "9.16", "9.45", "9.62"),
+    "RS8:2": (9.30, 6.85, "8.89", "9.08", "9.18"),
+    "RS9:1": (9.90, 6.17, "9.28", "9.56", "9.72"),
+    "SPA": (9.90, 7.14, "9.44", "9.65", "9.77"),
+}
+
+
 def test_table_3_to_the_digit():
-    """Two systems of the paper's: harmlessness, helpfulness, HH5, HH10, HH20."""
-    for primary, secondary, *wanted in ((9.65, 7.68, "9.32", "9.47", "9.56"), (9.90, 7.14, "9.44", "9.65", "9.77")):
+    for primary, secondary, *wanted in TABLE_3.values():
         assert [shared.round_half_up(judge_table.hh_score(primary, secondary, w)) for w in (5, 10, 20)] == wanted
 
 
