@@ -157,6 +157,10 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
         check(id not in ids, f"{where}: id '{id}' again (first: {ids.get(id)}); ids must be unique")
         ids[id], prompts[key] = where, {"id": id, "prompt": prompt}
 
+    if name in FILES and test_size:  # a split of our own, the same for every seed, size and --exclude (ours)
+        ordered = sorted(prompts, key=lambda text: common.derive_seed("split", text))
+        held_out = set(ordered[:test_size])
+        prompts = {text: row for text, row in prompts.items() if (text in held_out) == (split == "test")}
     # iteration "diff": what an earlier run has sampled is kept out, before anything is drawn
     for earlier in args.exclude or []:
         path = Path(earlier) / "01_samples.jsonl"
@@ -166,10 +170,6 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
             known = prompts.pop(key_of(row["prompt"]), None) is not None
             dropped["in an earlier run"] = dropped.get("in an earlier run", 0) + known
     prompts = list(prompts.values())
-    if name in FILES and test_size:  # a split of our own, the same for every seed and size (ours)
-        ordered = sorted(prompts, key=lambda row: common.derive_seed("split", row["prompt"]))
-        held_out = {row["id"] for row in ordered[:test_size]}
-        prompts = [row for row in prompts if (row["id"] in held_out) == (split == "test")]
     if args.num_prompts is not None:  # drawn by seed and id, so a larger draw keeps the smaller one
         if args.num_prompts > len(prompts):
             common.warn(f"--num_prompts {args.num_prompts}, but there are only {len(prompts)} distinct prompts")

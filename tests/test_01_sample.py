@@ -352,6 +352,15 @@ def test_prompts_of_an_earlier_run_are_kept_out(tmp_path):
         load(path, exclude=[str(tmp_path / "run")])
 
 
+def test_what_is_kept_out_of_the_test_prompts_moves_no_training_prompt_there(tmp_path):
+    source = write_rows(tmp_path / "HoneSet.json", [{"instruction": f"question {i}"} for i in range(930)])
+    test = load(f"honeset:{source}", split="test", num_prompts=100)[0]
+    write_rows(tmp_path / "run" / "01_samples.jsonl", [row | {"responses": [{"text": "x"}]} for row in test])
+    ids = {row["id"] for row in load(f"honeset:{source}")[0]}
+    other, dropped = load(f"honeset:{source}", split="test", exclude=[str(tmp_path / "run")])
+    assert len(other) == 400 and not ids & {row["id"] for row in other} and dropped["in an earlier run"] == 100
+
+
 def test_nothing_left_by_an_earlier_run_is_exit_code_3(tmp_path, call):
     path = write_rows(tmp_path / "x.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
     rows = [row | {"responses": [{"text": "x"}]} for row in load(path)[0]]
