@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,11 +116,6 @@ def load_hub(name: str, split: str) -> list[tuple[str, dict]]:
     return [(f"{repository}, row {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def key_of(prompt: str | list[dict]) -> str:
-    """The text by which equal prompts are known."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt)
-
-
 def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
     """([{"id", "prompt"}, …] in file order, or in the order of the draw; {reason: how many left out})."""
     # where the rows are: a hub data set, its downloaded file, or any file, of which a 'split' column chooses rows
@@ -149,7 +143,7 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
             dropped["empty"] += 1
             continue
         common.check_prompt(prompt, f"{where}, '{own}'")
-        key = key_of(prompt)
+        key = common.plain_text(prompt)  # equal too as text and as a message, whatever the order of its fields
         if key in prompts:
             dropped["repeated"] += 1
             continue
@@ -167,7 +161,7 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
         whole = common.read_record(common.record_file_of(path)).get("complete", True)
         check(whole, f"01_sample.py has not finished {path}; run it again to go on")
         for row in common.read_rows(path):
-            known = prompts.pop(key_of(row["prompt"]), None) is not None
+            known = prompts.pop(common.plain_text(row["prompt"]), None) is not None
             dropped["in an earlier run"] = dropped.get("in an earlier run", 0) + known
     prompts = list(prompts.values())
     if args.num_prompts is not None:  # drawn by seed and id, so a larger draw keeps the smaller one

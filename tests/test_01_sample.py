@@ -361,6 +361,18 @@ def test_what_is_kept_out_of_the_test_prompts_moves_no_training_prompt_there(tmp
     assert len(other) == 400 and not ids & {row["id"] for row in other} and dropped["in an earlier run"] == 100
 
 
+def test_a_prompt_is_the_same_as_text_and_as_a_message(tmp_path):
+    forms = ["Why?", [{"role": "user", "content": "Why?"}], [{"content": "Why?", "role": "user"}]]
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": prompt} for prompt in forms])
+    (row,), dropped = load(path)
+    assert dropped["repeated"] == 2
+    write_rows(tmp_path / "run" / "01_samples.jsonl", [row | {"responses": [{"text": "x"}]}])
+    for prompt in forms:
+        path = write_rows(tmp_path / "y.jsonl", [{"prompt": prompt}, {"prompt": "And how?"}])
+        (other,), _ = load(path, exclude=[str(tmp_path / "run")])
+        assert other["prompt"] == "And how?"
+
+
 def test_nothing_left_by_an_earlier_run_is_exit_code_3(tmp_path, call):
     path = write_rows(tmp_path / "x.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
     rows = [row | {"responses": [{"text": "x"}]} for row in load(path)[0]]
