@@ -28,7 +28,7 @@ from common import arg, check
 @dataclass
 class Args(common.JudgeArgs):
     judge_check: bool = arg(True, "score probes whose right order is known first (ours)")
-    judge_probes: str = arg("data/judge_probes.jsonl", "file of these probes; the rows of its test split count")
+    judge_probes: str = arg("data/judge_probes.jsonl", "file of these probes; of its splits, if any, test counts")
 
 
 def main(args: Args) -> None:

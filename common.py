@@ -1831,7 +1831,8 @@ def read_probes(path: Path, objectives, split: str | None = "test") -> list[dict
         check_prompt(row.get("prompt"), where)
         check(row["id"] not in ids, f"{where}: id {row['id']} is there twice")
         ids.add(row["id"])
-        if row["objective"] in names and split in (None, row.get("split")):
+        row["objective"], own = row["objective"].lower(), row.get("split", split)  # without splits all rows count
+        if row["objective"] in names and split in (None, own):
             probes.append(row)
     return probes
 

@@ -236,6 +236,13 @@ def test_own_objectives_want_own_probes(run, tmp_path):
     assert "judge check: Brevity 0 of 6 in the right order (0 % [0, 39]), 6 ties" in done["02"][1]
 
 
+def test_probes_of_one_s_own_need_no_split_and_no_small_letters(tmp_path):
+    plain = [{key: row[key] for key in row if key != "split"} for row in read_rows(PROBES)]
+    path = write_rows(tmp_path / "own.jsonl", [row | {"objective": row["objective"].capitalize()} for row in plain])
+    known = [row for row in plain if row["objective"] in ("harmlessness", "helpfulness")]
+    assert known and common.read_probes(path, OBJECTIVES) == known
+
+
 # ---------------------------------------------------------------------------------------------------
 # eval/judge_check.py.
 
