@@ -385,13 +385,19 @@ def find_input(args, name: str) -> Path:
 
 
 def made_by(path: Path) -> dict[str, dict]:
-    """How the file `path` was made: {"01": the arguments of stage 1, …}, the newest stage last, from its record."""
+    """How `path` was made, {"01": the arguments of stage 1, …}; UserError if what lies before it was redone since."""
     record = read_record(record_file_of(path)) if path.name[:2].isdigit() else {}
     if not record:  # people bring files of their own
         warn(f"{path} comes without its stage's NN_args.json: the options alone decide")
         return {}
-    check(record.get("complete"), f"{record['stage']}.py has not finished {path}; run it again to go on")
-    return {**record.get("earlier", {}), record["stage"][:2]: facts_of(record)}
+    stage, inputs = record["stage"], record.get("inputs", {})
+    check(record.get("complete"), f"{stage}.py has not finished {path}; run it again to go on")
+    files = {"02": "01_samples.jsonl", "03": "02_scores.jsonl", "04": "03_refined.jsonl", "05": "04_denoised.jsonl"}
+    read = path.parent / files.get(stage[:2], "")  # with --input it was another one
+    known = None if record["args"].get("input") else inputs.get("source", inputs.get(read.name))
+    redone = f"{path} was made from another {read.name} than is there now: run {stage}.py --overwrite"
+    check(known is None or not read.is_file() or known == digest(read), redone)
+    return {**record.get("earlier", {}), stage[:2]: facts_of(record)}
 
 
 def facts_of(record: dict) -> dict:

@@ -129,9 +129,6 @@ def read_run(spec: str) -> Run:
         rows = [row | {"responses": [row["refined"] | {"system": None}]} for row in rows]
     check(rows, f"{source} has no rows")
     made, record = common.made_by(source), common.read_record(common.record_file_of(source))
-    before, known = path / ("02_scores.jsonl" if refined else "01_samples.jsonl"), record.get("inputs", {})
-    other = f"{source} was made from another {before.name} than is there now: run {record.get('stage')}.py --overwrite"
-    check(not before.is_file() or known.get("source") in (None, common.digest(before)), other)
     return Run(name or path.name + "+refined" * refined, test_set, source, rows, made, record)
 
 
