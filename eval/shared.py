@@ -186,12 +186,15 @@ def differences(runs: list[Run]) -> list[str]:
         made = run.record.get("inputs", {})
         # a judge is what is in its folder, wherever that lies: trained again under the same name it is another one
         content = made.get("--scorer") or made.get("--judge_model") or made.get("--model") or ""
+        another = any(run.args.get(name) for name in ("scorer", "judge_model", "judge_endpoint"))
+        template = run.args.get("judge_chat_template" if another else "chat_template")
         ways = {
             "judges": content or run.judge,
             "ways of reading scores": run.record.get("scores_read") or run.args.get("score_mode"),
             "judge prompts": run.args.get("judge_template"),
             "judge prompts with and without the instruction": run.args.get("with_instruction"),
-            "chat templates of the judge": run.args.get("judge_chat_template"),
+            "chat templates of the judge": template,
+            "types of the judge's numbers": run.args.get("dtype"),
         }
         damaged = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
         with contextlib.suppress(*damaged):  # the definitions as the judge has read them

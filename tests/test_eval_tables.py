@@ -255,6 +255,9 @@ def test_three_objectives_and_paths_with_signs_in_them(call, tmp_path):
         ({"score_mode": "expected"}, {"score_mode": "json"}, "several ways of reading scores (a: expected, b: json)"),
         ({"judge_template": "Rate {response}"}, {}, "several judge prompts (a: Rate {response}, b: None)"),
         ({"with_instruction": True}, {"with_instruction": False}, "with and without the instruction (a: True, b: Fa"),
+        ({"model": "m", "chat_template": "A"}, {"model": "x", "judge_model": "m"},
+         "several chat templates of the judge (a: A, b: None)"),  # of its own judge it is the model's
+        ({"dtype": "auto"}, {"dtype": "bfloat16"}, "several types of the judge's numbers (a: auto, b: bfloat16)"),
     ],
 )  # fmt: skip
 def test_what_does_not_compare_is_refused_unless_asked_for(call, tmp_path, script, one, other, words):
