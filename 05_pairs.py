@@ -102,9 +102,8 @@ def margin_table(thousandths: Counter) -> str:
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "delta")
     weighted = args.rule == "weighted" or args.gap == "composite"
-    check(
-        (args.weights is None) != weighted, "--rule weighted (or --gap composite) and --weights go together: give both"
-    )
+    both = "--rule weighted (or --gap composite) and --weights go together: give both"
+    check((args.weights is None) != weighted, both)
     source, output = common.find_input(args, "04_denoised.jsonl"), Path(args.run_dir) / "05_pairs.jsonl"
     made = common.made_by(source)
 

@@ -889,8 +889,9 @@ def main(args: Args) -> None:
     after_answer = answer(accelerator, plain, tokenizer, asked)
     accelerator.print(f"  asked: {asked[-1]['content'][:100]!r}\n  before training: {before_answer!r}")
     accelerator.print(f"  the trained model: {after_answer!r}\nwrote {named} and {metrics_file.name}")
-    test = f"--n 1 --temperature 0 --run_dir {run_dir}/test_{named.name.removeprefix('06_')}"
-    accelerator.print(f"next: python 01_sample.py --model {named} --split test {test}")
+    prompts = made.get("01", {}).get("prompts", "data/high_stakes.jsonl")
+    test = f"--split test --n 1 --temperature 0 --run_dir {run_dir}/test_{named.name.removeprefix('06_')}"
+    accelerator.print(f"next: python 01_sample.py --model {named} --prompts {prompts} {test}")
     accelerator.end_training()
 
 

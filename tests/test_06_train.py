@@ -422,7 +422,7 @@ def test_two_trainings_side_by_side(tiny, ok, run_dir):
     """FAULTS section 4: each variant's `next:` names a folder of its own; here the second is saved in bfloat16."""
     command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
     out, _ = ok(*command, "--gap_mean", "batch")
-    assert f"next: python 01_sample.py --model {run_dir}/06_model --split test --n 1" in out
+    assert f"next: python 01_sample.py --model {run_dir}/06_model --prompts data/high_stakes.jsonl --split test" in out
     assert f" --temperature 0 --run_dir {run_dir}/test_model\n" in out
     out, _ = ok(*command, "--loss", "simpo", "--output_dir", run_dir / "06_simpo", "--save_dtype", "bfloat16")
     assert f"--run_dir {run_dir}/test_simpo\n" in out, "another folder for another model's answers"

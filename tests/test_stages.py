@@ -60,6 +60,8 @@ def test_what_a_user_sees(finished):
         assert out.splitlines()[0].startswith(f"{stage.replace('_', ' ')}: ")
         command = "accelerate launch" if stage == "05_pairs" else "python"
         assert f"next: {command} {following}.py" in out and "wrote " in out and " in " in out
+    own = json.loads((finished[0] / "01_args.json").read_text())["args"]["prompts"]
+    assert f" --prompts {own} --split test " in printed["06_train"][0], "tested on a set of its own, not on the default"
     for stage, (_, err) in printed.items():
         lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
         ours = [line for line in lines if re.match(rf"warning: |{stage[:2]} |judge check: |\s*\x1b", line)]
