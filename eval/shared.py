@@ -158,6 +158,10 @@ def read_runs(
         check(not other, f"{other}: score them alike")
     for text in found:
         common.warn(f"{text}: their scores may not compare")
+    # the judge's prompt, its words and readers stand there: an ablation may be an edit of them
+    code = {run.record["code"].get("common.py") for run in runs if "code" in run.record and not run.args.get("scorer")}
+    if len(code) > 1:
+        common.warn("common.py was edited between the scorings of these runs: their scores may not compare")
     return merge_seeds(runs) if seeds else runs
 
 

@@ -270,6 +270,16 @@ def test_what_does_not_compare_is_refused_unless_asked_for(call, tmp_path, scrip
     assert f"not alike: {words}" in out.replace("several judge prompts with", "with")
 
 
+def test_an_edit_of_the_judge_s_prompt_in_common_py_is_told(call, tmp_path):
+    folders = [scored(tmp_path / name, [[[5, 4]]] * 2) for name in "abc"]
+    for folder, words, scorer in zip(folders, ("old", "new", "other"), (None, None, "x.py:f"), strict=True):
+        write_record(folder, "02_score", args=HARMLESS | {"scorer": scorer}, code={"common.py": words})
+    a, b, c = folders
+    for runs, told in (([a, b], 1), ([a, f"again={a}"], 0), ([a, c], 0)):
+        code, _, err = call("judge_table", "--allow_differences", "--output_dir", tmp_path / "eval", "--runs", *runs)
+        assert code == 0 and err.count("common.py was edited between the scorings") == told, err
+
+
 def test_a_judge_is_what_is_in_its_folder(call, tmp_path):
     """The same model as its own judge and, under another path, as the judge of another one's answers."""
     a = scored(tmp_path / "a", [[[5, 4]]] * 2, model="m", inputs={"--model": "1"}, **HARMLESS)
