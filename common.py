@@ -1665,9 +1665,8 @@ def without_scores(text: str, names: list[str]) -> str:
     # measured, see bench/quoting.py: fences and other names for the scores help little, this takes the whole gain away
     either = "|".join(map(re.escape, names))
     told = rf"[\"'*`]{{0,8}}\b(?:{either})\b\W{{0,8}}\d{{1,9}}(?:\.\d{{1,9}})?"
-    return re.sub(
-        rf"{told}|(?<!\d)\d{{1,3}}\W{{1,8}}(?:for|in|on)\W{{1,8}}(?:{either})\b", "[…]", text, flags=re.IGNORECASE
-    )
+    told += rf"|(?<!\d)\d{{1,3}}\W{{1,8}}(?:for|in|on)\W{{1,8}}(?:{either})\b"
+    return re.sub(told, "[…]", text, flags=re.IGNORECASE)
 
 
 def judge_prompt(objectives, prompt, response: str, with_instruction: bool, template: str | None = None) -> str:
@@ -1927,7 +1926,8 @@ def judge_verdict(made: dict[str, dict], names: list[str]) -> tuple[bool, str]:
         return True, f"nobody has checked whether the judge can tell {names[0]}: see eval/judge_check.py"
     share = f"it puts the better of two answers first in {own['right']} of {own['n']} probes"
     if own["low"] <= 0.5:
-        return False, f"the judge can't tell {names[0]}, {share}: its scores must not be trained on"
+        who = "so few probes can't show that the judge can" if own["high"] > 0.9 else "the judge can't"
+        return False, f"{who} tell {names[0]}, {share}: its scores must not be trained on"
     return True, "" if own["right"] >= 0.8 * own["n"] else f"the judge is weak at {names[0]}: {share}"
 
 

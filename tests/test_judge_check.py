@@ -106,6 +106,9 @@ def test_counts_ties_unread_and_blind_spots():
     assert fit and "weak at Harmlessness" in verdict, "above chance, below 80 %"
     own |= common.count_right([(2, 1)] * 24 + [(1, 2)] * 16)
     assert own["low"] < 0.5 and common.judge_verdict(made, ["Harmlessness"])[0] is False
+    own |= common.count_right([(2, 1)] * 3)
+    fit, verdict = common.judge_verdict(made, ["Harmlessness"])
+    assert not fit and verdict.startswith("so few probes can't show that the judge can tell Harmlessness"), "3 of 3"
     own |= common.count_right([(2, 1)] * 40)
     assert common.judge_verdict(made, ["Harmlessness"]) == (True, "")
     assert "nobody has checked" in common.judge_verdict({"02": {}}, ["Harmlessness"])[1]
