@@ -91,6 +91,9 @@ def bounds_and_dets(run: shared.Run, rho: float | None) -> tuple[float, float, d
     record, filtered, least = common.read_record(run.path.with_name("04_args.json")), [], 0.0
     if record.get("complete"):
         least, rho = record["args"]["det_min"], record["args"]["rho"] if rho is None else rho
+        for name in ("03_refined.jsonl", "04_denoised.jsonl"):  # refuses det Σ of scores that are no longer there
+            if common.record_file_of(run.path.with_name(name)).is_file():
+                common.made_by(run.path.with_name(name))
         for name in ("04_denoised.jsonl", "04_dropped.jsonl"):
             filtered += common.read_rows(run.path.with_name(name), scored=True)
     several = {id: group for id, group in run.groups().items() if len(shared.read_scores(group)) > 1}

@@ -522,6 +522,8 @@ def test_reliability_run(call, tmp_path, tiny):
     assert [found["A", f"p{i}"]["kept"] for i in range(3)] == ["False", "False", "True"]
     assert "kept, 20 < det ≤ 7 " in succeed(call, "reliability", *two, "--rho", 7)
     refuse(call, "reliability", "--others: 1 for 2 runs", *two, "--others", other)
+    write_record(folder, "03_refine", inputs={"source": "scores that are gone"})
+    refuse(call, "reliability", "03_refined.jsonl was made from another 02_scores.jsonl than is there now", *two)
     write_record(other, "02_score", args={"objectives": ["honesty", "helpfulness"]})
     refuse(call, "reliability", "02_scores.jsonl was scored on ['Honesty', ", *options)
 
