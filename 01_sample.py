@@ -142,6 +142,8 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
         if not prompt:
             dropped["empty"] += 1
             continue
+        listed = isinstance(prompt, str) and prompt.startswith(("[{'role'", "[{'content'", '[{"role"', '[{"content"'))
+        check(not listed, f"{where}, '{own}': messages written as text; JSON Lines and Parquet hold the list itself")
         common.check_prompt(prompt, f"{where}, '{own}'")
         key = common.plain_text(prompt)  # equal too as text and as a message, whatever the order of its fields
         if key in prompts:

@@ -103,9 +103,8 @@ def main(args: Args) -> None:
     common.ScoreHistogram(scores).show(names, "responses")
     common.show_ties(groups, "pairs of a prompt's responses")
     common.show_tokens(judge)
-    verdict = common.judge_verdict({"02": common.facts_of(record)}, names)[1]
-    if verdict and args.judge_check:  # who has switched it off knows; stage 6 says it again
-        common.warn(verdict)
+    if args.judge_check and (verdict := common.judge_verdict({"02": common.facts_of(record)}, names)[1]):
+        common.warn(verdict)  # who has switched the check off knows; stage 6 says it again
     print(f"wrote {output}")
     if scores.count(None) == len(scores):
         raise common.EmptyResult("no response has scores: pass --score_mode constrained or expected, or another judge")

@@ -91,6 +91,7 @@ def test_a_larger_draw_keeps_the_smaller_one(tmp_path, capsys):
         ("x.csv", 'id,prompt\n1,"Tell\nme"\n2\n', "line 4: 1 fields where the header has 2"),
         ("x.csv", "id,prompt,\n1,Tell me, please\n", "line 2: text in a last column without a name; quote the prompt"),
         ("x.csv", "prompt,prompt\na,b\n", "the header has a name twice"),
+        ("x.csv", "messages\n\"[{'content': 'Why?', 'role': 'user'}]\"\n", "'messages': messages written as text"),
         ("x.parquet", "nothing", "not a readable Parquet file"),
         ("x.xlsx", "nothing", "one of .json .jsonl .csv .parquet .txt"),
         ("x.txt", b"one\ncaf\xe9\n", "not UTF-8; save the file as UTF-8"),
