@@ -69,28 +69,32 @@ def rv_of(prompts: list, chosen) -> float:
 
 def curve(prompts: list, sizes: list[int], draws: int, orders: int, seed: int) -> pd.DataFrame:
     """A row per prefix: k, fraction, det, rows, RV, its interval, permutation mean, random orders' RV."""
-    rng, rows = np.random.default_rng(seed), []
+    rng, rows, above = np.random.default_rng(seed), [], np.zeros(orders)
     shuffled = [rng.permutation(len(prompts)) for _ in range(orders)]
     for k in tqdm(sizes, desc="prefixes"):
         prefix = prompts[:k]
-        at_random = pd.Series([rv_of(prompts, order[:k]) for order in shuffled]).dropna()
+        at_random = pd.Series([rv_of(prompts, order[:k]) for order in shuffled])
         x, y = (np.concatenate([prompt[side] for prompt in prefix]) for side in (1, 2))
         row = {"k": k, "fraction": k / len(prompts), "det": prefix[-1][0], "rows": len(x)}
         ends = shared.bootstrap_interval(np.arange(k), lambda chosen: rv_of(prompts, chosen), draws=draws, seed=rng)
         row |= {"rv": shared.rv_coefficient(x, y), "low": ends[0], "high": ends[1]}
         row |= {"permutation_mean": permutation_mean(x, y), "random_mean": at_random.mean()}
         rows.append(row | dict(zip(("random_low", "random_high"), shared.quantiles(at_random), strict=True)))
-    return pd.DataFrame(rows)
+        above += (at_random > rows[-1]["random_high"]).to_numpy()
+    table = pd.DataFrame(rows)
+    table.attrs["by_chance"] = float(np.quantile(above, 0.95))  # prefixes of a random order above the band, at most
+    return table
 
 
 def suggest_rho(rows: pd.DataFrame) -> float | None:
     """The largest det of a prefix that agrees better than as many random prompts do (ours).
 
-    "Better" is above the upper end of the random orders' 95 % band; the whole set can't be. None: no such
-    prefix, so det does not tell the reliable prompts from the others here.
+    "Better" is above the upper end of the random orders' 95 % band; the whole set can't be. With so many prefixes a
+    random order leaves its band somewhere too, so more must than in 95 % of them. None: det does not tell the reliable
+    prompts from the others here.
     """
     better = rows[(rows["fraction"] < 1) & (rows["rv"] > rows["random_high"]) & (rows["det"] > 0)]  # 04 refuses ρ 0
-    return better["det"].max() if len(better) else None
+    return better["det"].max() if len(better) > rows.attrs.get("by_chance", 0) else None
 
 
 def main(args: Args) -> None:

@@ -338,6 +338,21 @@ def test_rv_bad_input_and_scores_that_never_vary(call, tmp_path):
     assert rv.suggest_rho(rv.pd.DataFrame(prefixes)) is None, "stage 4 refuses a ρ of 0"
 
 
+def test_a_rho_that_chance_suggests_is_none():
+    """Of 20 prefixes a random order has a few above its band of 95 %: one such alone says nothing."""
+    rng, prompts = np.random.default_rng(0), []
+    for i in range(24):
+        weak = rng.integers(1, 11, (3, 2)).astype(float)
+        prompts.append((i + 1.0, weak, weak + rng.normal(0, 3, (3, 2))))  # alike at any det
+    rows = rv.curve(prompts, list(range(5, 25)), draws=2, orders=60, seed=0)
+    assert 1 <= rows.attrs["by_chance"] < 10
+    rows["rv"] = rows["random_high"] - 0.1
+    rows.loc[3, "rv"] = 1.0
+    assert rv.suggest_rho(rows) is None
+    rows.loc[:15, "rv"] = 1.0
+    assert rv.suggest_rho(rows) == prompts[19][0]
+
+
 def test_movements(call, tmp_path):
     before = scored(tmp_path / "before", [[[5, 5]]] * 6)
     moved = [[6, 4], [5, 6], [4, 9], [5.05, 5], [5, 5], [6, 6]]
