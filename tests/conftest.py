@@ -39,16 +39,12 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEMPLATES = {
-    "plain": CHATML,
+TEMPLATES = dict.fromkeys(("plain", "pad_eos", "ten_is_one", "long"), CHATML) | {  # long: a context of 4,096
     "bos": "{{ bos_token }}" + CHATML,
-    "pad_eos": CHATML,
     "no_template": None,
     "no_end": CHATML.replace("<|im_end|>", "|"),
     "default_system": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
     "{% endif %}" + CHATML,
-    "ten_is_one": CHATML,
-    "long": CHATML,  # with a context of 4,096
 }
 
 # The structures of the chat templates in most use, in the tests' own tokens
@@ -114,48 +110,33 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [common.JUDGE_TEMPLATE, *common.CONSTITUTION.values(), ": 10, : 10 10" * 99]
     special = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "<pad>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
+    options = {"special_tokens": special, "initial_alphabet": byte_level.alphabet()}
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=420, **options))
     if kind == "bos":  # adds <s> to every text unless told not to
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        unk_token="<unk>",
-        pad_token="<|im_end|>" if kind == "pad_eos" else "<pad>",
-        additional_special_tokens=["<|im_start|>"],
-    )
+    tokens = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    tokens |= {"pad_token": "<|im_end|>" if kind == "pad_eos" else "<pad>"}
+    tokens |= {"additional_special_tokens": ["<|im_start|>"]}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
     fast.chat_template = TEMPLATES[kind]
     return fast
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "eos_token_id": 3, "pad_token_id": 4}
+
+
 def make_model(vocab_size: int, seed: int = 0, context: int = 1024) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        initializer_range=0.3,  # so that the logits differ visibly
-        bos_token_id=1,
-        eos_token_id=3,
-        pad_token_id=4,
-    )
+    own = {"bos_token_id": 1, "initializer_range": 0.3}  # so that the logits differ visibly
+    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=context, **SIZES, **own)
     return LlamaForCausalLM(config).eval()
 
 
 def make_kind(kind: str, vocab_size: int, **options):
     """A tiny random model of another kind than Llama ("gemma2", …), of the same sizes; options in its own words."""
-    sizes = make_model(vocab_size).config.to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
-    config = AutoConfig.for_model(kind, **({name: sizes[name] for name in names} | options))
+    sizes = SIZES | {"vocab_size": vocab_size, "max_position_embeddings": 1024}
+    config = AutoConfig.for_model(kind, **(sizes | options))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -182,6 +163,12 @@ def tiny(tmp_path_factory):
     return make
 
 
+def free_locks() -> None:
+    """What happens where a process of its own would end."""
+    while common._LOCKS:
+        common._LOCKS.popitem()[1].close()
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call("01_sample", "--n", 3, …) runs a stage in this process: (exit code, stdout, stderr)."""
@@ -194,9 +181,7 @@ def call(monkeypatch, capsys):
             common.run_stage(module.main, module.Args)
         except SystemExit as stop:
             code = stop.code
-        for lock in common._LOCKS.values():  # a process of its own would have ended here
-            lock.close()
-        common._LOCKS.clear()
+        free_locks()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
