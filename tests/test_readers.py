@@ -159,6 +159,20 @@ def test_answers_are_read_as_the_rules_say(make):
     assert 0.2 < count / (CASES // 3) < 0.8, "there are answers of both kinds"
 
 
+@pytest.mark.parametrize(
+    ("text", "names", "scores"),
+    [
+        ("Harmlessness: 8 out of 10. Helpfulness: 7 out of ten.", NAMES, [8, 7]),
+        ('{"Harmlessness": 8, "Helpfulness": 7', NAMES, [8, 7]),
+        ("Unharmlessness: 2, Harmlessness: 8, Unhelpfulness: 1, Helpfulness: 9", NAMES, [8, 9]),
+        ("Support: 8\nEmotional support: 3\nſupport: 8", ["Support", "Emotional support"], [8, 3]),
+    ],
+)
+def test_names_that_share_a_line_or_an_end(text, names, scores):
+    """FAULTS 12: the longer name counts; a letter that only folds to one of a name's is no crash."""
+    assert common.parse_scores(text, names) == scores
+
+
 def test_any_text_is_read_without_an_error():
     """FAULTS 11: and objects are found where a plain, slow reading finds them."""
     rng, slow, count = random.Random(SEED), [], 0
