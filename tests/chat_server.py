@@ -47,8 +47,8 @@ class ChatServer:
     /v1/models; None: there is no such list.
     """
 
-    def __init__(self, script=lambda number, body: "ok", delay: float = 0.0, answer=answer, models=None):
-        self.script, self.delay, self.answer, self.models = script, delay, answer, models
+    def __init__(self, script=lambda number, body: "ok", models=None):
+        self.script, self.models = script, models
         self.received, self.most, self.under_way = [], 0, 0
         self.lock = threading.Lock()
         outer = self
@@ -70,14 +70,13 @@ class ChatServer:
                     number = len(outer.received)
                     outer.received.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
                 try:
-                    time.sleep(outer.delay)
                     self.act(outer.script(number, body), body)
                 finally:
                     with outer.lock:
                         outer.under_way -= 1
 
             def act(self, what, body: dict):
-                whole = json.dumps(whole_answer(outer.answer(body))).encode()
+                whole = json.dumps(whole_answer(answer(body))).encode()
                 if what == "slow":
                     time.sleep(2)
                 if what == "reset":
@@ -127,12 +126,11 @@ class ChatServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
-    def close(self) -> None:
+    def close(self, *_) -> None:
         self.server.shutdown()
         self.server.server_close()
 
+    __exit__ = close
+
     def __enter__(self):
         return self
-
-    def __exit__(self, *_):
-        self.close()
