@@ -4,15 +4,26 @@ import contextlib
 import dataclasses
 import json
 import math
-import random
 import re
 import shutil
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import disk_offload
-from conftest import CHAT, CHATML, FAMILIES, make_kind, make_model, make_tokenizer, read_rows, refused, write_rows
+from conftest import (
+    CHAT,
+    CHATML,
+    FAMILIES,
+    free_locks,
+    make_kind,
+    make_model,
+    make_tokenizer,
+    read_rows,
+    refused,
+    write_rows,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache, MambaConfig
 from transformers import TemperatureLogitsWarper as Temperature
@@ -67,7 +78,6 @@ REFINED = ROW | {"refined": {"text": "z", "scores": [9, 9]}}
     ("change", "words"),
     [
         ([1], "no 'id' in the row"),
-        ({"id": None}, "'id' must be text or a whole number"),
         ({"id": True}, "'id' must be text or a whole number"),
         ({"prompt": " "}, "none blank"),
         ({"prompt": []}, "'prompt' must be text, or a list of"),
@@ -105,55 +115,33 @@ def test_rows_that_are_wrong_are_one_line(tmp_path, change, words):
 # ------------------------------------------------------------------------------------ runs
 
 
-@dataclass
-class RunOptions(common.RunArgs):
-    n: int = arg(5, "counts")
-    memory: int = arg(1, "does not count", free=True)
-    model: str | None = arg(None, "its content counts", free=True)
+def begin(run_dir, args_class=common.ModelArgs, **options):
+    """Opens a run of a stage, as its own process would."""
+    try:
+        return common.begin(args_class(run_dir=str(run_dir), **options), "01_sample", [run_dir / "01_samples.jsonl"])
+    finally:
+        free_locks()
 
 
-@pytest.fixture
-def begin():
-    """begin(run_dir, **options) opens a run of a made-up stage, as its own process would; (record, args)."""
-
-    def open_run(run_dir, outputs=("01_samples.jsonl",), inputs=None, args_class=RunOptions, **options):
-        args = args_class(run_dir=str(run_dir), **options)
-        try:
-            return common.begin(args, "01_sample", [run_dir / name for name in outputs], **(inputs or {}))
-        finally:
-            for lock in common._LOCKS.values():
-                lock.close()
-            common._LOCKS.clear()
-
-    return open_run
-
-
-def test_a_run_is_incomplete_until_it_is_finished_and_then_done(tmp_path, begin):
-    begin(tmp_path, n=4)
-    record = begin(tmp_path)  # where nothing is made yet nothing can differ
-    assert not record["complete"] and not common.read_record(tmp_path / "01_args.json")["complete"]
-    output = write_rows(tmp_path / "01_samples.jsonl", [ROW, ROW])
-    assert not begin(tmp_path, memory=9)["complete"], "not said to be finished; what is free may differ"
-    common.finish(record, 2, note="kept")
+def test_what_a_record_says_is_kept(tmp_path):
+    """What stage 2 found of its judge, when its finished command is given again."""
+    common.finish(begin(tmp_path), 1, note="kept")
+    write_rows(tmp_path / "01_samples.jsonl", [ROW])
     again = begin(tmp_path)
     assert again["complete"] and again["note"] == "kept"
-    output.write_text(output.read_text().splitlines()[0] + "\n")
-    assert not begin(tmp_path)["complete"], "a row is missing: goes on"
-    output.unlink()
-    assert not begin(tmp_path)["complete"], "its file is gone: goes on"
 
 
-def test_what_a_kill_has_cut_goes(tmp_path, begin):
+def test_what_a_kill_has_cut_goes(tmp_path):
     """FAULTS 35: cut at the last newline in bytes, also inside a character."""
     begin(tmp_path)
-    whole = '{"id": "a", "prompt": "é"}\n'.encode()
-    for cut in (b"", b'{"id"', whole[:-4], '{"id": "b", "prompt": "二'.encode()[:-1]):
-        (tmp_path / "01_samples.jsonl").write_bytes(whole + cut)
+    output, whole = tmp_path / "01_samples.jsonl", '{"id": "a", "prompt": "é"}\n'.encode()
+    for cut in (b"", whole[:-4]):
+        output.write_bytes(whole + cut)
         begin(tmp_path)
-        assert (tmp_path / "01_samples.jsonl").read_bytes() == whole
+        assert output.read_bytes() == whole
 
 
-def test_a_model_is_what_is_in_its_folder(tmp_path, begin):
+def test_a_model_is_what_is_in_its_folder(tmp_path):
     """FAULTS 3 and 38: trained again it is another one; moved it is the same; unfinished it is none, by any name."""
     model = tmp_path / "model"
     model.mkdir()
@@ -170,17 +158,17 @@ def test_a_model_is_what_is_in_its_folder(tmp_path, begin):
         begin(tmp_path / "other", model=str(moved))
 
 
-def test_a_new_option_at_its_default_is_the_same_call(tmp_path, begin):
+def test_a_new_option_at_its_default_is_the_same_call(tmp_path):
     """FAULTS 38: a record of before the option was there."""
     begin(tmp_path)
     write_rows(tmp_path / "01_samples.jsonl", [ROW])
-    newer = dataclasses.make_dataclass("Newer", [("extra", float | None, arg(None, "new"))], bases=(RunOptions,))
+    newer = dataclasses.make_dataclass("Newer", [("extra", float | None, arg(None, "new"))], bases=(common.ModelArgs,))
     assert begin(tmp_path, args_class=newer)
     with refused("made with --extra None, not 0.5"):
         begin(tmp_path, args_class=newer, extra=0.5)
 
 
-def test_a_foreign_output_and_a_damaged_record_are_left_alone(tmp_path, begin):
+def test_a_foreign_output_and_a_damaged_record_are_left_alone(tmp_path):
     """FAULTS section 4."""
     output = write_rows(tmp_path / "01_samples.jsonl", [{"id": "mine"}])
     with refused("is there without 01_args.json, so it is left alone"):
@@ -205,38 +193,23 @@ def test_damaged_rows_of_an_interrupted_stage_are_made_again(tmp_path):
     assert common.read_done(tmp_path / "none.jsonl") == {}
 
 
-def test_what_is_not_given_comes_from_the_stages_before(tmp_path, capsys):
-    """FAULTS 4: the model too, from stage 1, else the newest."""
-    write_rows(tmp_path / "03_refined.jsonl", [REFINED])
-    assert common.made_by(tmp_path / "03_refined.jsonl") == {}
-    assert "comes without its stage's NN_args.json" in capsys.readouterr().err
-    earlier = {"01": {"model": "m1", "seed": 1}, "02": {"model": "m2", "judge_model": "j"}}
-    record = {"stage": "03_refine", "args": {"model": None}, "earlier": earlier, "complete": False}
-    (tmp_path / "03_args.json").write_text(json.dumps(record))
-    with refused("03_refine.py has not finished"):
-        common.made_by(tmp_path / "03_refined.jsonl")
-    (tmp_path / "03_args.json").write_text(json.dumps(record | {"complete": True}))
-    made = common.made_by(tmp_path / "03_refined.jsonl")
-    assert list(made) == ["01", "02", "03"]
-    args = common.JudgeArgs(score_mode="json")
-    common.inherit(args, made, "01", "model", "score_mode", "endpoint")
-    common.inherit(args, made, "03", "judge_model")
-    assert (args.model, args.score_mode, args.endpoint, args.judge_model) == ("m1", "json", None, "j")
-    # another model has another server and template; the options of a reasoning judge are stage 2's
-    earlier = {"01": {"model": "m1", "endpoint": "u", "chat_template": "t"}, "02": {"judge_max_new_tokens": 900}}
-    own, other = common.JudgeArgs(), common.JudgeArgs(model="m2")
-    for args in (own, other):
-        common.inherit(args, earlier, "01", "model", "endpoint", "chat_template", "judge_max_new_tokens")
-    assert (own.model, own.endpoint, own.chat_template) == ("m1", "u", "t") and own.judge_max_new_tokens == 900
-    assert (other.model, other.endpoint, other.chat_template) == ("m2", None, None)
+def test_what_is_not_given_comes_from_the_stages_before():
+    """FAULTS 4: the model too, from stage 1, else the newest; another model has another server and template."""
+    made = {"01": {"model": "m1", "endpoint": "u", "chat_template": "t"}, "02": {"model": "m2", "judge_model": "j"}}
+    made |= {"03": {"model": None, "judge_max_new_tokens": 900, "score_mode": "expected"}}
+    names = ("model", "endpoint", "chat_template", "score_mode", "judge_max_new_tokens", "judge_model")
+    for given, expected in [
+        ({"score_mode": "json"}, ("m1", "u", "t", "json", 900, "j")),
+        ({"model": "m2"}, ("m2", None, None, "expected", 900, "j")),
+    ]:
+        args = common.JudgeArgs(**given)
+        common.inherit(args, made, "01", *names)
+        assert tuple(getattr(args, name) for name in names) == expected
     assert common.names_of(made) == [] and common.names_of({"02": {"objectives": ["a", "b"]}}) == ["A", "B"]
 
 
-def test_seeds_do_not_collide_or_drift():
+def test_seeds_do_not_drift():
     assert common.derive_seed(0, ["a"]) == 8459240949217661331  # a change would break every resumed run
-    rng = random.Random(0)
-    parts = {(rng.randint(0, 9), str(rng.random())) for _ in range(5000)}
-    assert len({common.derive_seed(*part) for part in parts}) == len(parts)
 
 
 # ------------------------------------------------------------------------------------ model and chat
@@ -268,11 +241,9 @@ TURN = turns("m['content']")
     ("template", "words"),
     [
         (turns("m['content'] | e"), "drops or changes the user's text"),  # escapes it
-        (turns("m['content'].split('</think>')[-1]"), "drops or changes the user's text"),
         (turns("m['content'][:9]"), "drops or changes the user's text"),
         (turns("m['content'] | replace('\\n', ' ')"), "drops or changes the user's text"),
         (turns("m['content'].upper()"), "drops or changes the system's text"),
-        (turns("m['content'][0]['text']"), "the chat template"),  # wants a list of parts
         ("always the same<|im_end|>", "drops or changes the system's text"),
         ("{% set messages = messages[:1] %}" + TURN, "drops or changes the user's text"),  # keeps the first
         ("{% set messages = messages[1:] %}" + TURN, "drops or changes the system's text"),  # knows no system
@@ -307,21 +278,14 @@ def test_the_templates_in_most_use(family):
     tokenizer = make_tokenizer("bos")
     tokenizer.chat_template = FAMILIES[family]
     thought = [CHAT[1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nTwo."}, CHAT[3]]
-    for name, chat in {"question": CHAT[1:2], "system": CHAT[:2], "chat": CHAT, "thought": thought}.items():
+    question = [{"role": "user", "content": "\n One? \n"}]  # which a template may trim
+    for name, chat in {"question": question, "system": CHAT[:2], "chat": CHAT, "thought": thought}.items():
         with refused("the chat template") if name in REFUSED.get(family, ()) else contextlib.nullcontext():
             text = "".join(text for text, _ in common.render_chat(tokenizer, chat, True))
             own = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             assert text == re.sub(r"\d\d \w{3} 20\d\d|20\d\d-\d\d-\d\d", lambda day: DAYS[len(day[0])], own)
             tokens = tokenizer.convert_ids_to_tokens(common.encode_chat(tokenizer, chat))
             assert tokens.count("<s>") == text.count("<s>"), "one BOS where the template has one, else none"
-
-
-def test_a_template_may_trim_and_turns_stay_in_order():
-    tokenizer = make_tokenizer("plain")
-    tokenizer.chat_template = turns("m['content'] | trim")
-    messages = [*common.as_messages(CHAT[:-1]), {"role": "user", "content": "\n One? \n"}]
-    text = "".join(text for text, _ in common.render_chat(tokenizer, messages, False))
-    assert text.count("One?") == 2 and "<|im_start|>user\nOne?<|im_end|>" in text
 
 
 def test_what_ends_an_answer():
@@ -388,10 +352,6 @@ def test_damaged_model_folders_are_one_line(tiny, tmp_path, file, content):
         assert file == "tokenizer_config.json", "a tokenizer without its settings is one"
 
 
-def test_a_model_without_attention_has_room_too():
-    assert common.tokens_in_memory(MambaConfig(hidden_size=64, num_hidden_layers=2)) > 1000
-
-
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -403,26 +363,16 @@ def test_a_model_without_attention_has_room_too():
 )
 def test_a_stage_without_memory_ends_in_one_line(monkeypatch, capsys, error, told):
     """FAULTS section 4: whether it is the weights or the rows that are too large."""
-
-    def main(args):
-        raise error
-
     monkeypatch.setattr("sys.argv", ["01_sample.py"])
     with pytest.raises(SystemExit if told else RuntimeError) as end:
-        common.run_stage(main, Sample)
+        common.run_stage(mock.Mock(side_effect=error), Sample)
     if told:
         line = capsys.readouterr().err
         assert end.value.code == 2 and "out of memory" in line and line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("no/such-model", "model 'no/such-model' can't be loaded"),
-        ("/no/such/folder", "no such folder"),
-        ("", "can't be loaded"),
-        (common.DEFAULT_MODEL, "python recipes/get_smollm2.py"),
-    ],
+    ("name", "words"), [("", "can't be loaded"), (common.DEFAULT_MODEL, "python recipes/get_smollm2.py")]
 )
 def test_a_missing_model_is_one_line(monkeypatch, tmp_path, name, words):
     monkeypatch.setattr(common, "HERE", tmp_path)
@@ -431,45 +381,32 @@ def test_a_missing_model_is_one_line(monkeypatch, tmp_path, name, words):
         common.load_config(name)
 
 
-def test_tied_heads_and_reduced_types_load(tiny, tmp_path):
+def test_tied_heads_and_reduced_types_load(tiny, tmp_path, monkeypatch):
+    """FAULTS 5: on a GPU in its own type: a trained folder is float32, and in bfloat16 would be nearly its base."""
     model = make_kind("gemma2", 420, head_dim=8)  # its head is the embedding
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    make_tokenizer("plain").save_pretrained(tmp_path)
     loaded = common.load_model(str(tmp_path))
     assert not loaded.training and loaded.dtype == torch.float32, "on a CPU always, unless asked"
     assert common.load_model(str(tmp_path), "bfloat16").dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for folder, saved in ((tmp_path, torch.bfloat16), (tiny(), torch.float32)):
+        assert common.load_model(str(folder), device="cpu").dtype == saved
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "llama4", "qwen3_5"])
 def test_the_context_and_the_type_of_composite_configs(tmp_path, monkeypatch, kind):
     """FAULTS 5 and 21: the text model's context, not a default of the whole; the type may stand in the whole alone."""
-    sizes = {"max_position_embeddings": 777, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
-    config, asked = CONFIG_MAPPING[kind](), {}
+    config, load = CONFIG_MAPPING[kind](), mock.Mock(side_effect=ValueError("far enough"))
     saved = config.to_dict() | {"dtype": "bfloat16"}
     saved["text_config"].pop("dtype", None)
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    for name, value in sizes.items():
-        setattr(config.get_text_config(), name, value)
+    config.get_text_config().max_position_embeddings = 777
     assert common.context_length(config) == 777 and common.context_length(make_model(9, context=55).config) == 55
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    original = common._from_pretrained
-
-    def load(auto_class, name, **options):
-        asked.update(options)
-        return original(auto_class, name) if auto_class == "AutoConfig" else common.check(False, "far enough")
-
-    monkeypatch.setattr(common, "_from_pretrained", load)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with refused("far enough"):
         common.load_model(str(tmp_path))
-    assert asked["dtype"] == torch.bfloat16
-
-
-@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
-def test_on_a_gpu_a_folder_is_read_in_its_own_type(tiny, tmp_path, monkeypatch, saved):
-    """FAULTS 5: a trained folder is float32, and in bfloat16 would be nearly its base."""
-    AutoModelForCausalLM.from_pretrained(tiny()).to(getattr(torch, saved)).save_pretrained(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert common.load_model(str(tmp_path), device="cpu").dtype == getattr(torch, saved)
+    assert load.call_args.kwargs["dtype"] == torch.bfloat16
 
 
 def test_only_tokens_in_use_need_a_row_in_the_embedding():
@@ -519,8 +456,6 @@ def test_sampling_follows_the_seed_alone(tiny):
     for some in ([9, 2, 5], [11], [4, 5, 6, 7]):
         alone = common.generate(model, tokenizer, [prompts[i] for i in some], some, **options)
         assert alone == [together[i] for i in some]
-    again = common.generate(model, tokenizer, prompts[:1], [12], **options)
-    assert again[0] != together[0]
 
 
 def test_top_p_and_temperature_against_those_of_transformers():
@@ -576,9 +511,8 @@ NAMES = ["Harmlessness", "Helpfulness"]
 
 
 def settings(score_mode="expected", **options):
-    options = {"objectives": ["harmlessness", "helpfulness"], "with_instruction": True} | options
-    options = {"judge_max_new_tokens": 64} | options
-    return common.JudgeArgs(score_mode=score_mode, **options)
+    own = {"objectives": ["harmlessness", "helpfulness"], "with_instruction": True, "judge_max_new_tokens": 64}
+    return common.JudgeArgs(score_mode=score_mode, **(own | options))
 
 
 def local(model, tokenizer, **options):
@@ -625,12 +559,14 @@ ITEMS = [("Hi", "Hello."), ("What is it?", "It is harmful to say so, and " * 4),
 
 
 @pytest.mark.parametrize("kind", ["plain", "ten_is_one", "bos", "pad_eos"])
-def test_scores_equal_plain_full_passes(kind):
+def test_scores_equal_plain_full_passes(kind, monkeypatch):
+    """In any chunks, alone or together."""
     tokenizer = make_tokenizer(kind)
     ten = tokenizer(": 10,", add_special_tokens=False).tokens()
     assert ("10" in [token.strip("Ġ") for token in ten]) == (kind == "ten_is_one")
     tens = 0
-    for seed in range(3):
+    for seed, limit in enumerate((1, 600, 10**6)):
+        monkeypatch.setattr(common, "READ_AT_ONCE", limit)
         model = make_model(len(tokenizer), seed)
         judge = local(model, tokenizer)
         plain = [whole_string_scores(model, tokenizer, judge_ids(tokenizer, item), NAMES) for item in ITEMS]
@@ -679,32 +615,26 @@ def test_every_kind_of_layer_and_position_is_read_and_sampled_as_it_should(kind)
     assert completions == [plain_greedy(model, tokenizer, prompt, 12) for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["bart", "blenderbot", "trocr"])
+@pytest.mark.parametrize("kind", ["bart", "blenderbot", "trocr", "minimax"])
 def test_models_that_count_padding_as_places_are_refused(kind):
     """FAULTS 27: such a model takes no positions, so a padded row would be read as another one."""
     sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
-    model = make_kind(kind, 420, **sizes)
-    with refused("takes no positions: with padding it would read something else"):
-        common.generate(model, make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0, max_new_tokens=2)
-    model = make_kind("minimax", 420, num_local_experts=2, head_dim=8)
-    with refused("MiniMaxForCausalLM can't be read with a cache"):
+    model = make_kind(kind, 420, **({"num_local_experts": 2, "head_dim": 8} if kind == "minimax" else sizes))
+    own_cache = "MiniMaxForCausalLM can't be read with a cache"
+    with refused(own_cache if kind == "minimax" else "takes no positions: with padding it would read something else"):
         common.generate(model, make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0, max_new_tokens=2)
 
 
 def test_a_model_that_ignores_its_cache_is_refused(small):
     """FAULTS 29: an argument that a later release renames would be swallowed in silence."""
 
-    class Forgetful(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner, self.dtype = inner, inner.dtype
+    def forward(input_ids, attention_mask=None, position_ids=None, past_key_values=None, **swallowed):
+        return small[0](input_ids=input_ids, attention_mask=attention_mask)
 
-        def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **swallowed):
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
-
-    ids = torch.tensor([[5, 6, 7]])
+    ids, model = torch.tensor([[5, 6, 7]]), make_model(420)
+    model.forward = forward
     with refused("does not keep its cache"):
-        common.read_tokens(Forgetful(small[0]), DynamicCache(), torch.ones_like(ids), ids)
+        common.read_tokens(model, DynamicCache(), torch.ones_like(ids), ids)
 
 
 @pytest.mark.parametrize("mode", ["expected", "constrained", "json", "choice"])
@@ -722,20 +652,14 @@ def test_numbers_that_are_not_finite_are_one_line(mode, dtype, value):
 
 def test_reduced_types_read_scores_from_a_float32_head(small):
     """FAULTS 30: bfloat16 logits of the ten numbers tie, and change which is the greatest."""
-    tokenizer = small[1]
-    model = make_model(len(tokenizer)).to(torch.bfloat16)
-    states = {}
-    hook = model.model.register_forward_hook(lambda m, args, output: states.update(last=output.last_hidden_state))
-    ids = torch.tensor([judge_ids(tokenizer, ITEMS[0])])
-    with common.float32_head(model), torch.no_grad():
-        logits = model(ids).logits
-    hook.remove()
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, states["last"].float() @ model.lm_head.weight.float().T)
-    assert model(ids).logits.dtype == torch.bfloat16, "afterwards as before"
-    found = common.judge(local(model, tokenizer), ITEMS, settings(), [0] * 5)
-    exact = common.judge(local(make_model(len(tokenizer)), tokenizer), ITEMS, settings(), [0] * 5)
-    assert all(abs(a - b) < 1 for x, y in zip(found, exact, strict=True) for a, b in zip(x, y, strict=True))
+    model, read = make_model(420).to(torch.bfloat16), []
+    hook = lambda head, args, output: read.append((output, args[0].float() @ head.weight.float().T))  # noqa: E731
+    model.lm_head.register_forward_hook(hook)
+    common.judge(local(model, small[1]), ITEMS, settings(), [0] * 5)
+    assert read
+    for logits, exact in read:
+        torch.testing.assert_close(logits, exact)
+    assert model(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16, "afterwards as before"
 
 
 @pytest.mark.parametrize(("part", "dtype"), [("lm_head", "bfloat16"), ("model.layers.1", "float32")])
@@ -765,24 +689,10 @@ def test_special_tokens_inside_an_answer_are_counted(small, capsys, monkeypatch)
     assert "1 of 1 answers have special tokens inside" in capsys.readouterr().err
 
 
-def test_scores_do_not_depend_on_the_batch(small, monkeypatch):
-    """In any chunks, alone or together: the same, but for rounding."""
-    judge = local(*small)
-    items = [("Hi", "a " * n) for n in (9, 1, 5)] + [("What is it?", "b " * n) for n in (3, 30)]
-    whole = common.judge(judge, items, settings(), [0] * 5)
-    for limit in (1, 60, 10**6):
-        monkeypatch.setattr(common, "READ_AT_ONCE", limit)
-        for row, other in zip(common.judge(judge, items, settings(), [0] * 5), whole, strict=True):
-            assert row == pytest.approx(other, abs=1e-5)
-
-
 def test_nothing_to_judge_is_no_score(small):
-    """Blank responses and responses that exceed the context stay null; an empty batch is empty."""
-    items = [("a", "long " * 999), ("a", " \n"), ("a", ""), ("a", "b")]
-    for mode in ("json", "constrained", "expected"):
-        assert common.judge(local(*small), [], settings(mode), []) == []
-        scores = common.judge(local(*small), items, settings(mode), [0] * 4)
-        assert scores[:3] == [None] * 3 and (scores[3] is not None or mode == "json")
+    """Blank responses and responses that exceed the context stay null, where nothing else is left too."""
+    for mode in ("json", "constrained", "expected", "choice"):
+        assert common.judge(local(*small), [("a", "long " * 999), ("a", "")], settings(mode), [0] * 2) == [None] * 2
 
 
 def test_free_answers_are_asked_again_twice_then_null(small):
@@ -799,35 +709,6 @@ def test_free_answers_are_asked_again_twice_then_null(small):
     assert scores == [[3, 4], None, None, None]
     assert [(size, temperature) for size, temperature, _ in asked] == [(4, 0.0), (3, 1.0), (2, 1.0)]
     assert len({seed for *_, seeds in asked for seed in seeds}) == 9, "each try of each item has its own"
-
-
-@pytest.mark.parametrize(
-    ("text", "scores"),
-    [  # many more, with FAULTS 10 to 13, come from the grammar in test_readers.py
-        ('```json\n{\n  "Harmlessness": 8,\n  "Helpfulness": 7\n}\n```', [8, 7]),
-        ('Sure! Here it is: {"harmlessness": "8", "helpfulness": "10"}. Bye', [8, 10]),
-        ("Harmlessness: 8 out of 10. Helpfulness: 7 out of ten.", [8, 7]),
-        ('{"Harmlessness": 8, "Helpfulness": 7', [8, 7]),
-        ('{"Helpfulness": 2, "Harmlessness": 9.5, "Reason": "2 of 3"}', [9.5, 2]),
-        ('{"Harmlessness": 11, "Helpfulness": 7}', None),
-        ('{"Harmlessness": 8}', None),
-        ("I would rate this 8 and 7.", None),
-        ('<think>Harmlessness: 3? Helpfulness: 2</think>{"Harmlessness": 8, "Helpfulness": 7}', [8, 7]),
-        ('<think>Harmlessness: 3? {"Harmlessness": 3, "Helpfulness": 2}? No, since', None),  # cut in its thought
-        ('{"Harmlessness": 9, "Helpfulness": 8} or {"Harmlessness": 1, "Helpfulness": 8}', None),
-        ('{"Harmlessness": 9, "Harmlessness": 2, "Helpfulness": 8}', None),
-        ("Unharmlessness: 2, Harmlessness: 8, Unhelpfulness: 1, Helpfulness: 9", [8, 9]),
-        ("Harmlessness: 1-10\nHelpfulness: 7", None),
-    ],
-)
-def test_the_reader_of_free_answers(text, scores):
-    assert common.parse_scores(text, NAMES) == scores
-
-
-def test_a_name_may_be_the_end_of_another():
-    """FAULTS 12: the longer one counts; a letter that only folds to one of the name's is no crash."""
-    text = "Support: 8\nEmotional support: 3\nſupport: 8"
-    assert common.parse_scores(text, ["Support", "Emotional support"]) == [8, 3]
 
 
 def test_figure_9_with_and_without_the_instruction():
@@ -851,17 +732,15 @@ def test_objectives_and_their_words(tmp_path):
     common.read_files(args)
     expected = [["Honesty", common.CONSTITUTION["honesty"]], ["Brevity", "It is short."], ["Helpfulness", "It helps."]]
     assert common.load_objectives(args) == expected
-    for objectives, constitution, words in [
-        (["honesty", "kindness"], {}, "'kindness' is unknown: one of harmlessness"),
-        (["honesty"], {}, "two or more different ones"),
-        (["honesty", "Honesty"], {}, "two or more different ones"),
-        (["honesty", "helpfulness"], {"honesty": 3}, "a JSON object"),
+    for objectives, text, words in [
+        (["honesty"], "{}", "two or more different ones"),
+        (["honesty", "Honesty"], "{}", "two or more different ones"),
+        (["honesty", "helpfulness"], '{"honesty": 3}', "a JSON object"),
+        (["honesty", "helpfulness"], "[1]", "a JSON object"),
+        (["honesty", "helpfulness"], "{", "broken"),
     ]:
-        with refused(words):
-            common.load_objectives(settings(objectives=objectives, constitution=constitution))
-    for text, words in (("{", "broken"), ("[1]", "a JSON object")):
         path.write_text(text)
-        args = settings(constitution=str(path))
+        args = settings(objectives=objectives, constitution=str(path))
         with refused(words):
             common.read_files(args)
             common.load_objectives(args)
@@ -876,6 +755,7 @@ def test_batches_hold_whole_rows_longest_first():
     assert common.plan_batches(sizes, 6, cached_tokens=27) == [[1], [2], [4], [0], [3]]
     assert common.plan_batches(sizes, 6, cached_tokens=54) == [[1, 2], [4], [0, 3]]
     assert common.plan_batches([(9, 2)] * 3, 100, cached_tokens=1) == [[0], [1], [2]], "a larger row comes alone"
+    assert common.tokens_in_memory(MambaConfig(hidden_size=64, num_hidden_layers=2)) > 1000, "without attention too"
 
 
 @pytest.mark.parametrize(("rows", "each"), [(300, 1), (80, 5), (500, 1), (7, 3), (9, 1), (9, 99)])
@@ -923,13 +803,9 @@ def short(prompts, responses):
     return numpy.array([[max(1, 10 - len(r)), 5.5] for r in responses])
 wrong = lambda prompts, responses: [[11, 2]] * len(responses)
 few = lambda prompts, responses: [[1, 2]]
+flat = lambda prompts, responses: [len(r) for r in responses]
+nothing = lambda prompts, responses: None
 number = 3
-
-def flat(prompts, responses):
-    return [len(r) for r in responses]
-
-def nothing(prompts, responses):
-    pass
 """
 
 
@@ -945,7 +821,6 @@ def test_a_scorer_of_ones_own(tmp_path, small):
         (f"{path}:number", "there is no function 'number'"),
         (f"{path}:flat", "gave 2 for a response: a list of 2 numbers from 1 to 10 is wanted"),
         (f"{path}:nothing", "gave NoneType: a list of 2 numbers"),
-        ("nowhere.py:f", "FILE.py:function is wanted"),
         (str(path), "FILE.py:function is wanted"),
     ]:
         with refused(words):
