@@ -502,14 +502,17 @@ def prepare(accelerator, model, args: Args):
             return contextlib.nullcontext(), contextlib.nullcontext()  # everything
         return create_selective_checkpoint_contexts(keep)
 
-    # On a CPU the cheap parts of each layer (norms, activations) are computed again in the backward pass, at a few
-    # percent of the time: of 3.5 to 4.3 GiB that a run took, this saved 0.4 to 0.5. A tiny model's time would double.
-    spare = accelerator.device.type == "cpu" and model.num_parameters() >= TINY
-    if args.gradient_checkpointing or spare:
+    # On a CPU the cheap parts of each layer are computed again too: a few percent more time, for a tiny model twice it.
+    can = model.supports_gradient_checkpointing
+    check(can or not args.gradient_checkpointing, f"{type(model).__name__} does not know --gradient_checkpointing")
+    if args.gradient_checkpointing or (can and accelerator.device.type == "cpu" and model.num_parameters() >= TINY):
         newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later transformers
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False, "context_fn": layer_contexts})
-        for module in model.modules():  # what is recomputed must be in training mode; dropout stays off
-            module.training = getattr(module, "gradient_checkpointing", False)
+        # What is recomputed must be in training mode; dropout stays off, also where such a layer has its own (OPT).
+        for part in (model.config, *model.modules()):
+            part.training = getattr(part, "gradient_checkpointing", False)
+            for name in [name for name, value in vars(part).items() if "drop" in name and type(value) is float]:
+                setattr(part, name, 0.0)
     # Wrappers around the model see one call for all batches of a pass.
     model.forward = functools.partial(response_logps, model, kept_tokens=args.tokens_per_batch)
     trained = [weight for weight in model.parameters() if weight.requires_grad]

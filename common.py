@@ -547,17 +547,12 @@ def load_tokenizer(name: str, chat_template: str | None = None):
     return tokenizer
 
 
-def load_config(name: str):
-    """The configuration of a model, without its weights."""
-    return _from_pretrained("AutoConfig", name)
-
-
 def load_model(name: str, dtype: str = "auto", device=None, attn_implementation=None, device_map=None):
     """The causal model in evaluation mode, on `device` (default: this process's GPU, else the CPU)."""
     import torch
 
     if dtype == "auto":  # float32 on a CPU, on a GPU as saved
-        config = load_config(name)
+        config = _from_pretrained("AutoConfig", name)
         saved = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
         dtype = str(saved or "float32").removeprefix("torch.") if torch.cuda.is_available() else "float32"
     options = {"attn_implementation": attn_implementation, "device_map": device_map, "dtype": getattr(torch, dtype)}
@@ -1013,7 +1008,7 @@ class Local(Engine):
         super().__init__(name)
         self.name, self.options, self.batch_size = name, {"dtype": dtype, "device_map": device_map}, batch_size
         self.tokenizer, self.loaded = tokenizer or load_tokenizer(name, chat_template), model
-        self.config = model.config if model else load_config(name)
+        self.config = model.config if model else _from_pretrained("AutoConfig", name)
         self.context = context_length(self.config)
         self.cached_tokens = cached_tokens or tokens_in_memory(self.config)
 

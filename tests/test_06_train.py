@@ -536,6 +536,18 @@ def test_what_saves_memory_changes_nothing_but_the_way(ok, run_dir, monkeypatch)
         assert max((weights[0][k] - other[k]).abs().max().item() for k in other) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["opt", "starcoder2", "biogpt", "gpt_neox_japanese"])
+def test_layers_that_drop_out_themselves_do_not(kind, monkeypatch):
+    """Such layers are in training mode where they are computed again; the last kind knows no such layers."""
+    monkeypatch.setattr(train, "TINY", 0)
+    model, rows = make_kind(kind, 420, **({"embedding_dropout": 0.1} if kind == "starcoder2" else {})), [([5, 6], [7])]
+    plain = train.response_logps(model, rows, 1, 1e9)
+    again = train.prepare(PLAIN, model, train.Args(tokens_per_batch=9))[0](rows, 1)
+    torch.testing.assert_close(again, plain)
+    with refused("does not know --gradient_checkpointing") if "neox" in kind else contextlib.nullcontext():
+        train.prepare(PLAIN, make_kind(kind, 420), train.Args(gradient_checkpointing=True))
+
+
 def test_one_pair_trains(tmp_path, tiny, ok):
     write_rows(tmp_path / "05_pairs.jsonl", make_pairs()[:1])
     options = ("--gamma_beta_ratio", 2, "--learning_rate", 1e-3)

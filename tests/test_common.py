@@ -378,7 +378,7 @@ def test_a_missing_model_is_one_line(monkeypatch, tmp_path, name, words):
     monkeypatch.setattr(common, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     with refused(words):
-        common.load_config(name)
+        common.Local(name, tokenizer=True)
 
 
 def test_tied_heads_and_reduced_types_load(tiny, tmp_path, monkeypatch):
