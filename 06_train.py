@@ -448,11 +448,6 @@ def total_metrics(groups: list[dict], logps: list[torch.Tensor], args: Args, pre
     return {f"{prefix}/{name}": value.item() for name, value in means.items()}
 
 
-def computed_in(accelerator, args: Args) -> str:
-    """The type that the model computes in: autocast's, or else its weights'."""
-    return accelerator.mixed_precision.replace("no", args.base_dtype)
-
-
 def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rate: float) -> dict[str, float]:
     """One optimizer step on the prompts of `batch`; returns its metrics. UserError if it is not finite."""
     if args.gap_mean == "batch":
@@ -463,7 +458,7 @@ def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rat
     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     ids, finite = ", ".join(str(group["id"]) for group in batch), math.isfinite(sums["loss"]) and math.isfinite(norm)
-    kind = computed_in(accelerator, args)
+    kind = accelerator.mixed_precision.replace("no", args.base_dtype)  # autocast's, or else the weights'
     check(finite, f"the loss is not finite in {kind}; the prompts of this step: {ids}; lower --learning_rate?")
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -513,6 +508,10 @@ def prepare(accelerator, model, args: Args):
             part.training = getattr(part, "gradient_checkpointing", False)
             for name in [name for name, value in vars(part).items() if "drop" in name and type(value) is float]:
                 setattr(part, name, 0.0)
+    if model.config.get_text_config() is not model.config:  # what only sees or hears gets no gradient: DDP would wait
+        text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+        for weight in set(model.parameters()) - text:
+            weight.requires_grad = False
     # Wrappers around the model see one call for all batches of a pass.
     model.forward = functools.partial(response_logps, model, kept_tokens=args.tokens_per_batch)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -818,8 +817,9 @@ def main(args: Args) -> None:
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
         logps = all_logps(accelerator, model, measured)
-        way_out = f"the model's numbers are not finite in {computed_in(accelerator, args)}: lower --learning_rate?"
-        check(torch.cat(logps).isfinite().all(), way_out)
+        kind = accelerator.mixed_precision.replace("no", args.base_dtype)
+        finite = torch.cat(logps).isfinite().all()
+        check(finite, f"the model's numbers are not finite in {kind}: lower --learning_rate?")
         return total_metrics(measured, logps, args, "eval" if held_out else "train")
 
     # Before training: dpo's frozen reference, and the metrics of the prompts that are measured; or all that as it was.

@@ -548,6 +548,19 @@ def test_layers_that_drop_out_themselves_do_not(kind, monkeypatch):
         train.prepare(PLAIN, make_kind(kind, 420), train.Args(gradient_checkpointing=True))
 
 
+def test_what_only_sees_is_not_trained():
+    """Gemma 3: several processes would wait for its gradient, and after a single step have their own weights each."""
+    text = make_kind("gemma3_text", 420, head_dim=8).config.to_dict()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eye = sizes | {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=eye)
+    model = train.prepare(PLAIN, AutoModelForCausalLM.from_config(config).eval(), train.Args(tokens_per_batch=9))[0]
+    model([([5, 6], [7])], 1).sum().backward()
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert any("vision" in name for name, _ in model.named_parameters()) and len(trained) > 20
+
+
 def test_one_pair_trains(tmp_path, tiny, ok):
     write_rows(tmp_path / "05_pairs.jsonl", make_pairs()[:1])
     options = ("--gamma_beta_ratio", 2, "--learning_rate", 1e-3)
