@@ -699,9 +699,11 @@ def read_tokens(model, cache, mask, ids):
     options = {name: value for name, value in options.items() if name in takes}
     name = next((name for name in ("cache", "past_key_values") if name in takes), None)  # newer and older transformers
     check(name, f"{type(model).__name__} takes no cache of keys and values in this transformers")
-    # without positions a padded row is read right only where they come from the mask, or there are none
-    knows = "position_ids" in takes or re.fullmatch("bloom|mpt|.*mamba2?|xlstm", model.config.model_type)
-    check(knows, f"{type(model).__name__} takes no positions: with padding it would read something else")
+    # without positions a padded row is read right only where they come from the mask, or there are none; and DeepSeek
+    # V4 joins tokens by fours from the row's beginning, be they padding
+    pattern = "(?!deepseek_v4).*" if "position_ids" in takes else "bloom|mpt|.*mamba2?|xlstm"
+    knows = re.fullmatch(pattern, model.config.model_type)
+    check(knows, f"{type(model).__name__} counts padding as places: it would read something else; use an --endpoint")
     if cache is not None and all(type(layer).__name__ == "LinearAttentionLayer" for layer in cache.layers):
         mask = mask[:, -ids.shape[1] :]  # Mamba: no layer looks back
     options |= {name: cache, "use_cache": cache is not None}

@@ -615,14 +615,27 @@ def test_every_kind_of_layer_and_position_is_read_and_sampled_as_it_should(kind)
     assert completions == [plain_greedy(model, tokenizer, prompt, 12) for prompt in prompts]
 
 
-@pytest.mark.parametrize("kind", ["bart", "blenderbot", "trocr", "minimax"])
-def test_models_that_count_padding_as_places_are_refused(kind):
-    """FAULTS 27: such a model takes no positions, so a padded row would be read as another one."""
-    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
-    model = make_kind(kind, 420, **({"num_local_experts": 2, "head_dim": 8} if kind == "minimax" else sizes))
-    own_cache = "MiniMaxForCausalLM can't be read with a cache"
-    with refused(own_cache if kind == "minimax" else "takes no positions: with padding it would read something else"):
-        common.generate(model, make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0, max_new_tokens=2)
+PLACES = "counts padding as places: it would read something else"
+DECODER = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "sizes"),
+    [
+        ("bart", PLACES, DECODER),
+        ("blenderbot", PLACES, DECODER),
+        ("trocr", PLACES, DECODER),
+        ("deepseek_v4", PLACES, {"n_routed_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),
+        ("minimax", "MiniMaxForCausalLM can't be read with a cache", {"num_local_experts": 2, "head_dim": 8}),
+    ],
+)
+def test_models_that_count_padding_as_places_are_refused(kind, words, sizes):
+    """FAULTS 27: such a model takes no positions, or joins tokens by place: a padded row would be another one."""
+    with refused(words):
+        common.generate(
+            make_kind(kind, 420, **sizes), make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0,
+            max_new_tokens=2,
+        )  # fmt: skip
 
 
 def test_a_model_that_ignores_its_cache_is_refused(small):
