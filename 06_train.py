@@ -534,8 +534,7 @@ def write_card(args: Args, record: dict, pairs: int, prompts: int, held_out: int
     """The model card: what was trained on what, with names in the place of this machine's paths."""
     given = Path(args.model), Path(args.output_dir)
     base, name = (path.name if path.is_absolute() or path.exists() else str(path) for path in given)
-    shown = record["args"] | {"model": base, "output_dir": name}
-    made = record["earlier"]
+    made, shown = record["earlier"], record["args"] | {"model": base, "output_dir": name}
     verdict, judge = common.judge_verdict(made, common.names_of(made))[1], made.get("02", {})
     checked = [*common.check_lines(made), *([f"Warning: {verdict}."] if verdict else [])]
     judge = judge.get("scorer") or judge.get("judge_model")
@@ -712,9 +711,13 @@ def make_accelerator(args: Args, folder: Path) -> Accelerator:
     check(dynamo == "NO", f"dynamo ({dynamo}) is not supported: launch with a file of configs/")
     parts = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"  # the loss would be divided by it
     check(parts == "1", f"gradient accumulation ({parts}) is not supported: --tokens_per_batch splits a step")
+    # Of FSDP only version 2 is known here, and a checkpoint is one file, which the first process writes.
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    way = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    check(not sharded or way == ("2", "FULL_STATE_DICT"), f"FSDP {' '.join(way)} is not supported; see configs/")
     options = {"cpu": not torch.cuda.is_available(), "log_with": args.tracker, "project_dir": str(folder.parent)}
     # With FSDP and bf16, accelerate's own policy would round our sums and the reduced gradients to bfloat16.
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+    if sharded and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
     accelerator = Accelerator(**options)
@@ -724,8 +727,7 @@ def make_accelerator(args: Args, folder: Path) -> Accelerator:
     check(kind in kinds and precision in ("no", "bf16"), f"{what} is not supported; see configs/")
     threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count()
     if accelerator.device.type == "cpu" and threads < cores:  # accelerate launch allows one unless asked
-        hint = "accelerate launch --num_cpu_threads_per_process N, or OMP_NUM_THREADS"
-        common.warn(f"{threads} threads on {cores} cores; for more: {hint}")
+        common.warn(f"{threads} threads on {cores} cores; for more: --num_cpu_threads_per_process, or OMP_NUM_THREADS")
     return accelerator
 
 
@@ -817,8 +819,7 @@ def main(args: Args) -> None:
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
         logps = all_logps(accelerator, model, measured)
-        kind = accelerator.mixed_precision.replace("no", args.base_dtype)
-        finite = torch.cat(logps).isfinite().all()
+        kind, finite = accelerator.mixed_precision.replace("no", args.base_dtype), torch.cat(logps).isfinite().all()
         check(finite, f"the model's numbers are not finite in {kind}: lower --learning_rate?")
         return total_metrics(measured, logps, args, "eval" if held_out else "train")
 

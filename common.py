@@ -699,8 +699,7 @@ def read_tokens(model, cache, mask, ids):
     options = {name: value for name, value in options.items() if name in takes}
     name = next((name for name in ("cache", "past_key_values") if name in takes), None)  # newer and older transformers
     check(name, f"{type(model).__name__} takes no cache of keys and values in this transformers")
-    # without positions a padded row is read right only where they come from the mask, or there are none; and DeepSeek
-    # V4 joins tokens by fours from the row's beginning, be they padding
+    # a padded row is read right where positions are given, come from the mask, or there are none; V4 joins it by fours
     pattern = "(?!deepseek_v4).*" if "position_ids" in takes else "bloom|mpt|.*mamba2?|xlstm"
     knows = re.fullmatch(pattern, model.config.model_type)
     check(knows, f"{type(model).__name__} counts padding as places: it would read something else; use an --endpoint")

@@ -456,6 +456,8 @@ ZERO = [row | {"gap": 0} for row in make_pairs()]
         # FAULTS 2: dynamo renames every weight, accelerate would divide each loss; from a user's own accelerate config
         ((), "dynamo (EAGER) is not supported", {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}),
         ((), "gradient accumulation (4) is not supported", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}),
+        # its folders could not be put in place, after --save_steps steps
+        ((), "FSDP 2 SHARDED_STATE_DICT is not supported", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
         # FAULTS 22 and 37, in the first step
         (("--learning_rate", 1e30, "--epochs", 4), "in float32; the prompts of this step: p", {}),
         ((), "out of memory: try --gradient_checkpointing, a smaller --max_length", {"step": torch.OutOfMemoryError}),
