@@ -55,11 +55,12 @@ import random
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.utils.rnn import pad_sequence
@@ -576,7 +577,6 @@ def replace_folder(accelerator, folder: Path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    # A full disk has a face for every writer. What was there before is kept.
     line = f"{folder} can't be written: …; the last one is kept; make room and run the same command again"
     with told_in_one_line((OSError, RuntimeError, SafetensorError), line):
         try:
@@ -677,8 +677,8 @@ def find_checkpoint(folder: Path, call: int, launch: str) -> tuple[Path | None, 
     broken, file = f"{path} is no whole checkpoint: remove that folder to go on without it", path / "progress.json"
     progress = common.parse_json(file.read_text(errors="replace") if file.is_file() else "", broken)
     check(isinstance(progress, dict) and {"call", "launch", "step", "log_bytes"} <= progress.keys(), broken)
-    hint = f"{path} was written by {progress['launch']}, this is {launch}: launch as before, or remove {folder}"
-    check(progress["launch"] == launch, hint)
+    was = progress["launch"]
+    check(was == launch, f"{path} was written by {was}, this is {launch}: launch as before, or remove {folder}")
     return (path, progress) if progress["call"] == call else (None, {})  # else of a run that --overwrite has ended
 
 
@@ -711,11 +711,11 @@ def make_accelerator(args: Args, folder: Path) -> Accelerator:
     check(dynamo == "NO", f"dynamo ({dynamo}) is not supported: launch with a file of configs/")
     parts = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"  # the loss would be divided by it
     check(parts == "1", f"gradient accumulation ({parts}) is not supported: --tokens_per_batch splits a step")
-    # Of FSDP only version 2 is known here, and a checkpoint is one file, which the first process writes.
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # by version 2 alone; its checkpoints are whole files
     way = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     check(not sharded or way == ("2", "FULL_STATE_DICT"), f"FSDP {' '.join(way)} is not supported; see configs/")
     options = {"cpu": not torch.cuda.is_available(), "log_with": args.tracker, "project_dir": str(folder.parent)}
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(days=1))]  # all wait while one writes
     # With FSDP and bf16, accelerate's own policy would round our sums and the reduced gradients to bfloat16.
     if sharded and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -480,6 +480,14 @@ def test_what_is_refused_is_one_line(tiny, fails, run_dir, monkeypatch, options,
     assert not (run_dir / "06_model").exists() and (run_dir / "05_pairs.jsonl").exists()
 
 
+def test_processes_wait_while_the_first_one_writes(monkeypatch, tmp_path):
+    """8B parameters and their optimizer are 96 GB; NCCL's own patience is ten minutes."""
+    started = {}
+    monkeypatch.setattr(train, "Accelerator", lambda **options: started.update(options) or PLAIN)
+    train.make_accelerator(train.Args(), tmp_path)
+    assert started["kwargs_handlers"][0].to_kwargs()["timeout"].total_seconds() > 3600
+
+
 def test_renamed_weights_are_not_saved(run_dir, tiny, fails, monkeypatch):
     """FAULTS 2: however they come to be renamed, the saved model would load as random."""
     renamed = lambda self, model: {f"_orig_mod.{name}": value for name, value in model.state_dict().items()}  # noqa: E731
