@@ -631,11 +631,9 @@ DECODER = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "de
 )
 def test_models_that_count_padding_as_places_are_refused(kind, words, sizes):
     """FAULTS 27: such a model takes no positions, or joins tokens by place: a padded row would be another one."""
+    model = make_kind(kind, 420, **sizes)
     with refused(words):
-        common.generate(
-            make_kind(kind, 420, **sizes), make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0,
-            max_new_tokens=2,
-        )  # fmt: skip
+        common.generate(model, make_tokenizer("plain"), [[5, 6, 7], [8]], [0, 0], temperature=0.0, max_new_tokens=2)
 
 
 def test_a_model_that_ignores_its_cache_is_refused(small):
