@@ -1011,7 +1011,7 @@ class Local(Engine):
         self.tokenizer, self.loaded = tokenizer or load_tokenizer(name, chat_template), model
         self.config = model.config if model else _from_pretrained("AutoConfig", name)
         self.context = context_length(self.config)
-        self.cached_tokens = cached_tokens or tokens_in_memory(self.config)
+        self.cached_tokens = cached_tokens or tokens_in_memory(self.config, dtype)
 
     @property
     def model(self):
@@ -1055,14 +1055,17 @@ class Local(Engine):
         return in_halves(self.choose, chats, skeleton=skeleton, options=options)
 
 
-def tokens_in_memory(config) -> int:
+def tokens_in_memory(config, dtype: str = "auto") -> int:
     """How many tokens' keys and values fill half of the GPU's, or the machine's, memory; the rest is the model's."""
     import torch
 
-    # a token takes 128 KiB for Llama-3.1-8B in bfloat16, so 80 GB hold 305,000; on a CPU all is float32
-    config, memory, width = config.get_text_config(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 4
+    config, memory = config.get_text_config(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
-        memory, width = torch.cuda.get_device_properties(0).total_memory, 2
+        memory, dtype = (
+            torch.cuda.get_device_properties(0).total_memory,
+            str(config.dtype) if dtype == "auto" else dtype,
+        )
+    width = 2 if "16" in dtype else 4  # in bfloat16 a token of Llama-3.1-8B takes 128 KiB, so 80 GB hold 305,000
     heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads

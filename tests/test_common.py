@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import types
 from dataclasses import dataclass
 from unittest import mock
 
@@ -25,7 +26,7 @@ from conftest import (
     write_rows,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache, MambaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, MambaConfig
 from transformers import TemperatureLogitsWarper as Temperature
 from transformers import TopPLogitsWarper as TopP
 
@@ -767,6 +768,17 @@ def test_batches_hold_whole_rows_longest_first():
     assert common.plan_batches(sizes, 6, cached_tokens=54) == [[1, 2], [4], [0, 3]]
     assert common.plan_batches([(9, 2)] * 3, 100, cached_tokens=1) == [[0], [1], [2]], "a larger row comes alone"
     assert common.tokens_in_memory(MambaConfig(hidden_size=64, num_hidden_layers=2)) > 1000, "without attention too"
+
+
+def test_half_of_a_gpu_s_memory_is_for_keys_and_values(monkeypatch):
+    """128 KiB a token of Llama-3.1-8B in bfloat16, and twice that of what stage 6 saves, which is float32."""
+    llama = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+    memory = types.SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert common.tokens_in_memory(llama, "bfloat16") == (40 << 30) // (128 << 10)
+    for llama.dtype, tokens in ((torch.bfloat16, 327_680), (torch.float32, 163_840)):
+        assert common.tokens_in_memory(llama) == tokens
 
 
 @pytest.mark.parametrize(("rows", "each"), [(300, 1), (80, 5), (500, 1), (7, 3), (9, 1), (9, 99)])
