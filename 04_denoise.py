@@ -164,9 +164,9 @@ def main(args: Args) -> None:
     # Nothing left is exit code 3: which filter has emptied it, and what to try, but for what can't help.
     if not dets:
         reason, made_03 = max(dropped, key=dropped.get), made.get("03", {})
-        modes = ["json", "constrained", "expected", "choice"]  # each reads more, or finer, than the one before
-        mode = "expected" if made_03.get("scorer") else made_03.get("score_mode") or "json"
-        pointless = [*modes[: modes.index(mode) + 1], "--attempts" if full == inconsistent else "--constitution"]
+        modes, mode = ["json", "constrained", "expected"], made_03.get("score_mode") or "json"  # each reads more
+        modes = modes[: modes.index(mode) + 1] if mode in modes and not made_03.get("scorer") else modes
+        pointless = [*modes, "--attempts" if full == inconsistent else "--constitution"]
         pointless += ["--det_min"] * (args.det_min == 0)
         advice = REASONS.get(reason, ["to let more pass there"])  # a filter of one's own may have a reason of its own
         tries = [what for what in advice if not any(word in what for word in pointless)]

@@ -204,8 +204,8 @@ def read_pairs(path: Path, needs_gap: bool) -> list[dict]:
         row = common.parse_json(line, where)
         # Both sides are lists that end with the assistant's message; only the loss spa needs the gap of their totals.
         for name in needed:
-            check(isinstance(row, dict) and name in row, f"{where}: no '{name}' in the row; add it")
-        gap, sides = row.get("gap", 0), (row["chosen"], row["rejected"])
+            check(isinstance(row, dict) and row.get(name) is not None, f"{where}: no '{name}' in the row; add it")
+        gap, sides = 0 if row.get("gap") is None else row["gap"], (row["chosen"], row["rejected"])
         check(type(gap) in (int, float) and 0 <= gap <= 1e9, f"{where}: 'gap' must be a number from 0 to 1e9")
         wanted = f"{where}: 'chosen' and 'rejected' must be lists of one assistant message, after the prompt's turns"
         for side in sides:

@@ -141,6 +141,8 @@ def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
     rows = [raw(**both), raw(**both, prompt="Why?\n"), raw(**both, prompt=None), raw(prompt="Why?")]
     for row in train.read_pairs(write_rows(tmp_path / "other.jsonl", rows), True):
         assert row == plain
+    (null,) = train.read_pairs(write_rows(tmp_path / "null.jsonl", [raw() | {"gap": None}]), False)
+    assert null["gap"] == 0, "only spa weighs by it"
     turns = [*turn("user", "Why?"), *turn("assistant", "Hm."), *turn("user", "And?")]
     both = both_sides(turns, "chosen", "rejected")
     (row,) = train.read_pairs(write_rows(tmp_path / "turns.jsonl", [raw(**both, prompt="Why?")]), True)
@@ -151,6 +153,7 @@ def test_conversations_that_repeat_the_prompt_are_split(tmp_path):
     ("row", "words"),
     [
         (raw(gap=None), "line 1: no 'gap'"),
+        (raw() | {"gap": None}, "line 1: no 'gap'"),
         (raw(chosen=None), "line 1: no 'chosen'"),
         (raw(prompt=None), "line 1: no 'prompt'"),
         (raw(prompt=5), "'prompt' must be text, or a list"),
