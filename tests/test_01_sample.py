@@ -77,7 +77,7 @@ def test_a_larger_draw_keeps_the_smaller_one(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("none.jsonl", None, "no such file"),
+        ("x.csv", None, "no such file"),  # it is a folder; FAULTS section 4
         ("x.jsonl", '{"prompt": "a"}\n{"prompt": \n', "x.jsonl, line 2: broken JSON"),
         ("x.jsonl", '{"id": 1, "prompt": "a"}\n\n{"id": 1, "prompt": "b"}\n', "line 3: id '1' again"),
         ("x.jsonl", '["a"]\n', "line 1: an object with the prompt's column"),
@@ -93,6 +93,7 @@ def test_a_larger_draw_keeps_the_smaller_one(tmp_path, capsys):
         ("x.csv", "prompt,prompt\na,b\n", "the header has a name twice"),
         ("x.csv", "messages\n\"[{'content': 'Why?', 'role': 'user'}]\"\n", "'messages': messages written as text"),
         ("x.parquet", "nothing", "not a readable Parquet file"),
+        ("x.parquet", {"prompt": []}, "not a readable Parquet file"),  # an empty table; FAULTS section 4
         ("x.xlsx", "nothing", "one of .json .jsonl .csv .parquet .txt"),
         ("x.txt", b"one\ncaf\xe9\n", "not UTF-8; save the file as UTF-8"),
         ("x.csv", b"prompt\ncaf\xe9\n", "broken CSV"),
@@ -100,19 +101,14 @@ def test_a_larger_draw_keeps_the_smaller_one(tmp_path, capsys):
 )
 def test_bad_files_are_one_line(tmp_path, name, content, words):
     path = tmp_path / name
-    if content is not None:
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, dict):
+        datasets.Dataset.from_dict(content).to_parquet(str(path))
+    else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with refused(words):
         load(path)
-
-
-def test_a_folder_named_like_a_file_and_an_empty_table(tmp_path):
-    """FAULTS section 4."""
-    (tmp_path / "x.csv").mkdir()
-    datasets.Dataset.from_dict({"prompt": []}).to_parquet(str(tmp_path / "x.parquet"))
-    for name, words in (("x.csv", "no such file"), ("x.parquet", "not a readable Parquet file")):
-        with refused(words):
-            load(tmp_path / name)
 
 
 def test_split_column(tmp_path):
@@ -130,9 +126,9 @@ def test_split_column(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split", "expected", "columns"),
     [
-        ("saferlhf", "train", ("PKU-Alignment/PKU-SafeRLHF", "default", "train"), {"is_response_0_safe": True}),
-        ("wildguard", "train", ("allenai/wildguardmix", "wildguardtrain", "wildguardtrain"), {"adversarial": True}),
-        ("wildguard", "test", ("allenai/wildguardmix", "wildguardtest", "wildguardtest"), {"response": None}),
+        ("saferlhf", "train", ("PKU-Alignment/PKU-SafeRLHF", "default"), {"is_response_0_safe": True}),
+        ("wildguard", "train", ("allenai/wildguardmix", "wildguardtrain"), {"adversarial": True}),
+        ("wildguard", "test", ("allenai/wildguardmix", "wildguardtest"), {"response": None}),
     ],
 )
 def test_hub_data_sets(monkeypatch, tmp_path, name, split, expected, columns):
@@ -146,7 +142,7 @@ def test_hub_data_sets(monkeypatch, tmp_path, name, split, expected, columns):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     prompts, dropped = load(name, split=split)
-    assert asked == [expected] or asked == [(*expected[:2], split)]
+    assert asked == [(*expected, split)]
     assert [row["prompt"] for row in prompts] == [f"{name} {i}" for i in range(3)] and dropped["repeated"] == 3
     assert load(f"{name}:{path}")[0] == prompts, "a downloaded file gives the same"
 
@@ -190,39 +186,29 @@ def test_our_own_prompts():
         assert len(known) > 1000 and not known & set(everything)
 
 
-def test_systems_depend_on_seed_id_and_number_alone():
-    draws = [sample.draw_systems(0, f"id{i}", 5, 0.5) for i in range(200)]
-    assert draws[7] == sample.draw_systems(0, "id7", 5, 0.5)
-    assert draws[7][:3] == sample.draw_systems(0, "id7", 3, 0.5), "more samples keep the first ones"
-    share = sum(system is not None for draw in draws for system in draw) / 1000
-    assert 0.45 < share < 0.55
-    assert set(sample.draw_systems(0, "a", 9, 0.0)) == {None}
-    assert set(sample.draw_systems(0, "a", 9, 1.0)) == {sample.HONEST_SYSTEM_PROMPT}
+def test_the_share_of_the_honest_system_prompt():
+    draws = [system for i in range(200) for system in sample.draw_systems(0, f"id{i}", 5, 0.2)]
+    assert set(draws) == {None, sample.HONEST_SYSTEM_PROMPT} and 150 < 1000 - draws.count(None) < 250
 
 
 # ------------------------------------------------------------------------------------ the stage
 
 
 @pytest.fixture
-def stage(ok, tiny, tmp_path):
-    """stage(*options, rows=…, model=…) samples into a new folder: (output, errors, rows)."""
+def stage(ok, fails, tiny, tmp_path):
+    """stage(*options, rows=…, model=…) samples into a new folder, or is refused in `words`: (output, errors, rows)."""
     runs = iter(range(99))
 
-    def start(*options, rows=PROMPTS, model=None, run_dir=None, run=ok):
+    def start(*options, rows=PROMPTS, model=None, run_dir=None, words=None):
         run_dir = run_dir or tmp_path / f"run{next(runs)}"
         prompts = write_rows(tmp_path / "prompts.jsonl", rows)
-        fixed = ("--prompts", prompts, "--model", model or tiny(), "--run_dir", run_dir, "--max_new_tokens", 5)
-        out, err = run("01_sample", *fixed, *options)
+        command = ("01_sample", "--prompts", prompts, "--model", model or tiny(), "--run_dir", run_dir)
+        command += ("--max_new_tokens", 5, *options)
+        out, err = fails(words, *command) if words else ok(*command)
         path = run_dir / "01_samples.jsonl"
         return out, err, read_rows(path) if path.exists() else None
 
     return start
-
-
-@pytest.fixture
-def refusing(fails):
-    """refusing(words) is what `stage` runs where a call is to end in a line that says `words`, before any row."""
-    return lambda words: lambda *arguments: fails(words, *arguments)
 
 
 def texts(rows):
@@ -230,14 +216,16 @@ def texts(rows):
 
 
 def test_samples_depend_on_seed_id_and_number_alone(stage):
-    """Not on the batch, the memory, the other prompts, n, or the order of the file."""
-    out, _, five = stage("--n", 5)
+    """Not on the batch, the memory, the other prompts, n, or the order of the file; nor do their system prompts."""
+    options = ("--system_prob", 0.5, "--n", 5)
+    out, _, five = stage(*options)
     assert "01 sample: " in out and "(cpu, float32)" in out and "6 prompts, 5 responses each" in out
     assert "temperature 1, top_p 1, at most 5 tokens" in out
-    assert texts(stage("--n", 3)[2]) == [row[:3] for row in texts(five)]
-    assert stage("--n", 5, "--batch_size", 4)[2] == stage("--n", 5, "--cached_tokens", 300)[2] == five
-    assert stage("--n", 5, rows=PROMPTS[4:1:-1])[2] == five[4:1:-1]
-    assert texts(stage("--n", 5, "--seed", 1)[2]) != texts(five)
+    for row, few in zip(five, stage(*options, "--n", 3)[2], strict=True):
+        assert few["responses"] == row["responses"][:3]
+    assert stage(*options, "--batch_size", 4)[2] == stage(*options, "--cached_tokens", 300)[2] == five
+    assert stage(*options, rows=PROMPTS[4:1:-1])[2] == five[4:1:-1]
+    assert texts(stage(*options, "--seed", 1)[2]) != texts(five)
     assert all(len(set(row)) == 1 for row in texts(stage("--n", 5, "--top_p", 0.01)[2]))
 
 
@@ -264,12 +252,12 @@ def test_what_met_the_limit_says_so(stage):
     assert "responses: 18" in out and "tokens/s" in out and "next: python 02_score.py" in out
 
 
-def test_prompts_that_do_not_fit_are_left_out(stage, refusing):
+def test_prompts_that_do_not_fit_are_left_out(stage):
     long = {"id": "long", "prompt": "start " + "word " * 2000 + "the end?"}
     out, _, rows = stage("--n", 3, rows=[*PROMPTS, long])
     assert [row["id"] for row in rows] == [row["id"] for row in PROMPTS]
     assert "- too long for the context       1" in out
-    stage("--n", 3, rows=[long], run=refusing("every prompt is too long for the context"))
+    stage("--n", 3, rows=[long], words="every prompt is too long for the context")
 
 
 def test_few_samples_when_asked_for(stage):
@@ -279,46 +267,34 @@ def test_few_samples_when_asked_for(stage):
     assert rows == stage("--n", 1, "--temperature", 0, "--seed", 10**30)[2], "greedy, and a huge seed is a seed"
 
 
-def test_a_model_without_a_chat_template(stage, refusing, tiny, ok, tmp_path):
+def test_a_model_without_a_chat_template(stage, tiny, ok, tmp_path):
     bare, template, run_dir = tiny("no_template"), tmp_path / "chat.jinja", tmp_path / "own"
-    stage("--n", 3, model=bare, run=refusing("pass --chat_template FILE"))
+    stage("--n", 3, model=bare, words="pass --chat_template FILE")
     template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}>")
     stage("--n", 3, "--chat_template", template, model=bare, run_dir=run_dir)
     template.write_text("Gone")
     ok("02_score", "--run_dir", run_dir, "--no-judge_check")  # the template's text is handed on to the next stage
 
 
-def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage, refusing, tmp_path):
-    """FAULTS 37 and 38."""
-    run_dir = tmp_path / "run"
-    _, _, rows = stage("--n", 3, run_dir=run_dir)
-    (run_dir / "01_samples.jsonl").write_text(common.dump_row(rows[2]))  # as a kill may leave it
-    record = json.loads((run_dir / "01_args.json").read_text())
-    (run_dir / "01_args.json").write_text(json.dumps(record | {"complete": False}))
-    assert stage("--n", 3, "--batch_size", 3, "--cached_tokens", 99, run_dir=run_dir)[2] == rows
-    moved = write_rows(tmp_path / "elsewhere.jsonl", PROMPTS)
-    out, _, _ = stage("--n", 3, "--prompts", moved, run_dir=run_dir)
+def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage, tmp_path, monkeypatch):
+    """FAULTS 37 and 38; what is done is not tokenized again, here to count the tokens of long prompts."""
+    rows = [row | {"id": f"{i}", "prompt": row["prompt"] + "so " * 250} for i, row in enumerate(PROMPTS)]
+    options = {"rows": rows, "run_dir": tmp_path / "run"}
+    _, _, made = stage("--n", 3, **options)
+    write_rows(tmp_path / "run" / "01_samples.jsonl", made[:1] + made[2:])
+    seen, encode = [], common.Local.encode
+    monkeypatch.setattr(common.Local, "encode", lambda self, chat: seen.append(chat) or encode(self, chat))
+    assert stage("--n", 3, "--batch_size", 3, "--cached_tokens", 99, **options)[2] == made and len(made) == 6
+    assert {chat[-1]["content"] for chat in seen} == {made[1]["prompt"]}
+    moved = write_rows(tmp_path / "elsewhere.jsonl", rows)
+    out, _, _ = stage("--n", 3, "--prompts", moved, **options)
     assert "is complete already; --overwrite redoes it" in out
-
-    other = refusing("prompts is another than when 01_sample.py ran")
-    stage("--n", 3, rows=PROMPTS[:5], run_dir=run_dir, run=other)
+    stage("--n", 3, **options | {"rows": rows[:5]}, words="prompts is another than when 01_sample.py ran")
 
 
 def test_a_server_s_model_is_named(fails, tmp_path):
     words = "--endpoint http://localhost:1/v1 needs --model: the name of the model there"
     fails(words, "01_sample", "--run_dir", tmp_path, "--endpoint", "http://localhost:1/v1")
-
-
-def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
-    """Long prompts, whose tokens are counted before anything is sampled."""
-    rows = [row | {"id": f"{i}", "prompt": row["prompt"] + "so " * 250} for i, row in enumerate(PROMPTS)]
-    options = {"rows": rows, "run_dir": tmp_path / "run"}
-    _, _, made = stage("--n", 3, "--batch_size", 3, **options)
-    (tmp_path / "run" / "01_samples.jsonl").write_text("".join(map(common.dump_row, made[:1] + made[2:])))
-    seen, encode = [], common.Local.encode
-    monkeypatch.setattr(common.Local, "encode", lambda self, chat: seen.append(chat) or encode(self, chat))
-    assert stage("--n", 3, "--batch_size", 3, **options)[2] == made
-    assert {chat[-1]["content"] for chat in seen} == {made[1]["prompt"]} and len(made) == 6
 
 
 @pytest.mark.parametrize(
@@ -336,21 +312,25 @@ def test_what_is_done_is_not_tokenized_again(stage, tmp_path, monkeypatch):
         (("--prompts", "nowhere.jsonl"), "no such file, nor one of saferlhf"),
     ],
 )
-def test_bad_options_are_one_line_and_leave_nothing(stage, refusing, options, words):
-    _, err, rows = stage(*options, run=refusing(words))
+def test_bad_options_are_one_line_and_leave_nothing(stage, options, words):
+    _, err, rows = stage(*options, words=words)
     assert len(err.strip().splitlines()) == 1 and rows is None, err
 
 
-def test_prompts_of_an_earlier_run_are_kept_out(tmp_path):
-    path = write_rows(tmp_path / "x.jsonl", [{"prompt": f"question {i}"} for i in range(50)])
-    first = load(path, num_prompts=20)[0]
-    write_rows(tmp_path / "run" / "01_samples.jsonl", [row | {"responses": [{"text": "x"}]} for row in first])
-    second, dropped = load(path, num_prompts=20, exclude=[str(tmp_path / "run")])
+def test_prompts_of_an_earlier_run_are_kept_out(tmp_path, fails):
+    """Where that leaves none, it is exit code 3, and nothing is begun."""
+    path, run_dir = write_rows(tmp_path / "x.jsonl", [{"prompt": f"question {i}"} for i in range(50)]), tmp_path / "run"
+    first = [row | {"responses": [{"text": "x"}]} for row in load(path, num_prompts=20)[0]]
+    write_rows(run_dir / "01_samples.jsonl", first)
+    second, dropped = load(path, num_prompts=20, exclude=[str(run_dir)])
     assert len(second) == 20 and not {r["id"] for r in first} & {r["id"] for r in second}
     assert dropped["in an earlier run"] == 20
-    (tmp_path / "run" / "01_args.json").write_text('{"stage": "01_sample", "args": {}, "complete": false}')
+    options = ("--prompts", write_rows(tmp_path / "y.jsonl", first), "--exclude", run_dir)
+    fails("--exclude leaves no prompt of", "01_sample", *options, "--run_dir", tmp_path / "next", code=3)
+    assert not (tmp_path / "next").exists()
+    (run_dir / "01_args.json").write_text('{"stage": "01_sample", "args": {}, "complete": false}')
     with refused("has not finished"):
-        load(path, exclude=[str(tmp_path / "run")])
+        load(path, exclude=[str(run_dir)])
 
 
 def test_what_is_kept_out_of_the_test_prompts_moves_no_training_prompt_there(tmp_path):
@@ -372,13 +352,3 @@ def test_a_prompt_is_the_same_as_text_and_as_a_message(tmp_path):
         path = write_rows(tmp_path / "y.jsonl", [{"prompt": prompt}, {"prompt": "And how?"}])
         (other,), _ = load(path, exclude=[str(tmp_path / "run")])
         assert other["prompt"] == "And how?"
-
-
-def test_nothing_left_by_an_earlier_run_is_exit_code_3(tmp_path, call):
-    path = write_rows(tmp_path / "x.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
-    rows = [row | {"responses": [{"text": "x"}]} for row in load(path)[0]]
-    write_rows(tmp_path / "run" / "01_samples.jsonl", rows)
-    options = ("--prompts", path, "--run_dir", tmp_path / "next", "--exclude", tmp_path / "run")
-    code, _, err = call("01_sample", *options)
-    assert (code, err) == (3, f"01_sample.py: error: --exclude leaves no prompt of {path}\n")
-    assert not (tmp_path / "next").exists()
