@@ -1,13 +1,14 @@
 """Stage 6 killed with SIGKILL goes on from its last checkpoint and ends with the same bytes."""
 
 import importlib
+import itertools
 import shutil
 
 import pytest
 import yaml
 from conftest import ROOT, count_rows, read_rows, write_rows
 from forked import Launch
-from test_06_train import make_pairs
+from test_06_train import ADAPTER, make_pairs
 
 import common
 
@@ -60,39 +61,6 @@ def test_killed_runs_end_like_a_whole_one(tiny, tmp_path, kind):
     assert not (killed / "06_checkpoints").exists(), "they go when the model is there"
 
 
-def test_killed_at_every_file_event(tiny, call, tmp_path):
-    """FAULTS 32 and 33: --overwrite, killed, goes on to the same bytes; between, no stage takes the model before."""
-    options = (tiny(), "--save_steps", "1", "--epochs", "1")  # two checkpoints
-    old, new = make_run(tmp_path / "old"), make_run(tmp_path / "new")
-    for folder, some in ((old, ()), (new, ("--alpha", "2"))):
-        assert start(folder, *options, *some).finish()[0] == 0
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
-    event, kills, refusals, killed = 1, 0, 0, [True]
-    while all(killed):
-        folders, again = [shutil.copytree(old, tmp_path / str(e)) for e in (event, event + 1)], []  # two cores
-        kill = [(e, str(folder)) for e, folder in enumerate(folders, event)]
-        command = (*options, "--alpha", "2", "--overwrite")
-        launches = [start(folder, *command, kill=k) for folder, k in zip(folders, kill, strict=True)]
-        killed = [launch.finish()[0] != 0 for launch in launches]
-        for folder in folders:
-            record = common.read_record(folder / "06_args.json")
-            begun = record["args"]["alpha"] == 2
-            if record["complete"]:
-                assert result_of(folder) == result_of(new if begun else old)
-            elif (folder / "06_model").exists():
-                refusals += 1
-                answers = ("--model", folder / "06_model", "--prompts", prompts, "--run_dir", tmp_path / "answers")
-                assert "06_train.py has not finished" in call("01_sample", *answers)[2]
-            again.append(start(folder, *command[: 7 if begun else 8]))
-        assert [launch.finish()[0] for launch in again] == [0, 0], [launch.read("err") for launch in again]
-        for folder in folders:
-            assert result_of(folder) == result_of(new) and not (folder / "06_checkpoints").exists()
-            assert {path.suffix for path in folder.glob(".*")} == {".lock"}, "no partial files stay behind"
-            shutil.rmtree(folder)
-        kills, event = kills + sum(killed), event + 2
-    assert kills > 20 and refusals > 10, "it has looked at something"
-
-
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path):
     """FAULTS 34: what it says is true in stage 6 too."""
     whole, full = make_run(tmp_path / "whole"), make_run(tmp_path / "full")
@@ -109,21 +77,40 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny, tmp_path):
 
 
 @pytest.fixture
-def stopped(tiny, call, tmp_path, monkeypatch):
+def stop(call, monkeypatch):
+    """stop(step, *command) runs stage 6 up to the beginning of a step, from 1."""
+
+    def run(step: int, *command) -> None:
+        original, steps = train.train_step, itertools.count(1)
+
+        def train_step(*arguments):
+            common.check(next(steps) < step, "stopped by the test")
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", train_step)
+            assert "stopped by the test" in call(*command)[2]
+
+    return run
+
+
+@pytest.fixture
+def stopped(tiny, stop, tmp_path):
     """(run directory, command) of a run that stopped in step 7, after its checkpoint of step 4."""
-    run_dir, original, calls = make_run(tmp_path), train.train_step, []
-    command = ("06_train", "--run_dir", run_dir, "--model", tiny(), *OPTIONS)
+    command = ("06_train", "--run_dir", make_run(tmp_path), "--model", tiny(), *OPTIONS)
+    stop(7, *command)
+    assert list((tmp_path / "06_checkpoints").iterdir())
+    return tmp_path, command
 
-    def stop(*arguments):
-        calls.append(1)
-        common.check(len(calls) < 7, "stopped by the test")
-        return original(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", stop)
-        assert "stopped by the test" in call(*command)[2]
-    assert list((run_dir / "06_checkpoints").iterdir())
-    return run_dir, command
+def test_an_adapter_goes_on_from_its_checkpoint(tiny, ok, stop, tmp_path):
+    pytest.importorskip("peft")
+    command = ("06_train", "--run_dir", make_run(tmp_path), "--model", tiny(), *ADAPTER, "--save_steps", 2)
+    ok(*command, "--output_dir", tmp_path / "whole" / "06_model")
+    stop(4, *command)
+    assert "going on from step 2" in ok(*command)[0]
+    a, b = ((folder / "06_model" / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "whole"))
+    assert a == b
 
 
 def test_other_arguments_do_not_resume(stopped, ok, fails):
