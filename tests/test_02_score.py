@@ -17,24 +17,20 @@ ROWS = [
 
 
 @pytest.fixture
-def stage(ok, tiny, tmp_path):
-    """stage(*options, rows=…) scores rows of one's own: (output, errors, all scores, run directory)."""
+def stage(ok, fails, tiny, tmp_path):
+    """stage(*options, rows=…) scores rows of one's own, or fails with `words`: (output, errors, all scores, folder)."""
     runs = iter(range(99))
 
-    def run(*options, rows=ROWS, run_dir=None, run=ok):
+    def run(*options, rows=ROWS, run_dir=None, words=None, code=2):
         run_dir = run_dir or tmp_path / f"run{next(runs)}"
         write_rows(run_dir / "01_samples.jsonl", rows)
-        out, err = run("02_score", "--run_dir", run_dir, "--model", tiny(), "--no-judge_check", *options)
+        command = ("02_score", "--run_dir", run_dir, "--model", tiny(), "--no-judge_check", *options)
+        out, err = fails(words, *command, code=code) if words else ok(*command)
         path = run_dir / "02_scores.jsonl"
         scores = [r["scores"] for row in read_rows(path) for r in row["responses"]] if path.exists() else None
         return out, err, scores, run_dir
 
     return run
-
-
-def refusing(fails, words, code=2):
-    """Takes the place of `ok` where the stage is to end in a line that says `words`."""
-    return lambda *arguments: fails(words, *arguments, code=code)
 
 
 @pytest.mark.parametrize("objectives", [["harmlessness", "helpfulness"], ["honesty", "helpfulness", "harmlessness"]])
@@ -49,23 +45,18 @@ def test_modes_and_objectives(stage, objectives):
     for scores, kind in ((whole, int), (means, float)):
         assert all(isinstance(v, kind) and 1 <= v <= 10 for row in scores for v in row)
         assert {len(row) for row in scores} == {len(objectives)} and len(scores) == 12
-    rows = read_rows(run_dir / "02_scores.jsonl")
-    assert [[{k: v for k, v in r.items() if k != "scores"} for r in row["responses"]] for row in rows] == [
-        row["responses"] for row in ROWS
-    ]
     assert json.loads((run_dir / "02_args.json").read_text())["args"]["objectives"] == objectives
 
 
-def test_free_json_that_is_never_read(stage, fails):
+def test_free_json_that_is_never_read(stage):
     """No default number: nulls, counted, and exit code 3 with what to try; given up before all tries are spent."""
     options = ("--score_mode", "json", "--judge_max_new_tokens", 4)
-    nothing = refusing(fails, "no response has scores: pass --score_mode constrained", 3)
-    out, _, scores, _ = stage(*options, run=nothing)
+    out, _, scores, _ = stage(*options, words="no response has scores: pass --score_mode constrained", code=3)
     assert scores == [None] * 12
     assert "scores read 0 of 12 (0%)" in out and re.search(r"not readable, .* \(null\) +12\n", out)
     many = [row | {"id": i} for i, row in enumerate(ROWS * 8)]
-    early = refusing(fails, "none of the first 48 responses could be scored")
-    _, err, _, _ = stage(*options, "--batch_size", 12, rows=many, run=early)
+    early = "none of the first 48 responses could be scored"
+    _, err, _, _ = stage(*options, "--batch_size", 12, rows=many, words=early)
     assert "more --judge_max_new_tokens if it reasons first" in err, "FAULTS section 4"
 
 
@@ -88,7 +79,7 @@ def test_the_judges_number_is_that_of_the_whole_prompt(stage):
         assert own == pytest.approx(other, abs=1e-5), "in other batches the same, but for rounding"
 
 
-def test_an_own_scorer_needs_no_model(stage, fails, tmp_path, monkeypatch):
+def test_an_own_scorer_needs_no_model(stage, tmp_path, monkeypatch):
     scorer = tmp_path / "own.py"
     scorer.write_text("def score(prompts, responses):\n    return [[min(10, len(r)), 3, 2.5] for r in responses]\n")
     options = ("--scorer", f"{scorer}:score", "--objectives", "honesty", "harmlessness", "helpfulness")
@@ -109,35 +100,31 @@ def test_an_own_scorer_needs_no_model(stage, fails, tmp_path, monkeypatch):
     shutil.copy(run_dir / "02_args.json", other)
     (other / "02_scores.jsonl").touch()
     stage(*options, run_dir=other)  # one that failed before its first row has made nothing
-    stage(*options, run_dir=run_dir, run=refusing(fails, "--scorer is another than when 02_score.py ran"))
+    stage(*options, run_dir=run_dir, words="--scorer is another than when 02_score.py ran")
 
 
-def test_a_template_s_file_is_read_as_it_is(stage, tmp_path):
-    """Blank lines too: the own template from a file asks what the template asks."""
+def test_an_own_judge_prompt(stage, tmp_path):
+    """Its file is read as it is, blank lines too; it is told where nobody reads it, or what is missing in it."""
     (tmp_path / "judge.txt").write_text(common.JUDGE_TEMPLATE)
-    options = ("--score_mode", "expected")
-    assert stage(*options, "--judge_template", tmp_path / "judge.txt")[2] == stage(*options)[2]
-
-
-def test_options_that_nobody_reads_are_told(stage, tmp_path):
-    (tmp_path / "judge.txt").write_text("Score {response}\n{fields}")
-    options = ("--judge_template", tmp_path / "judge.txt")
-    said = stage(*options, "--score_mode", "choice", "--no-with_instruction")[1]
+    options = ("--judge_template", tmp_path / "judge.txt", "--score_mode")
+    assert stage(*options, "expected")[2] == stage(*options[2:], "expected")[2]
+    said = stage(*options, "choice", "--no-with_instruction")[1]
     assert "--judge_template is not used by --score_mode choice" in said
     assert "--no-with_instruction is not used by --score_mode choice" in said
-    assert "--judge_template has no {instruction_part}" in stage(*options)[1]
+    (tmp_path / "judge.txt").write_text("Score {response}\n{fields}")
+    assert "--judge_template has no {instruction_part}" in stage(*options, "constrained")[1]
 
 
-def test_another_judge_says_so_and_its_template_is_its_own(stage, fails, tiny, tmp_path):
+def test_another_judge_says_so_and_its_template_is_its_own(stage, tiny, tmp_path):
     template = tmp_path / "judge.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}>")
     judge = ("--judge_model", tiny("no_template"))
-    stage(*judge, run=refusing(fails, "pass --chat_template FILE"))
+    stage(*judge, words="pass --chat_template FILE")
     out, _, scores, _ = stage(*judge, "--judge_chat_template", template)
     assert "judges the responses of" in out and tiny("no_template") in out and scores != stage()[2]
 
 
-def test_other_words_are_another_run(stage, fails, tmp_path):
+def test_other_words_are_another_run(stage, tmp_path):
     path, moved = tmp_path / "constitution.json", tmp_path / "moved.json"
     path.write_text('{"Helpfulness": "It helps.", "Brevity": "It is short."}')
     options = ("--objectives", "brevity", "helpfulness", "--constitution")
@@ -146,7 +133,7 @@ def test_other_words_are_another_run(stage, fails, tmp_path):
     path.rename(moved)
     assert "is complete already" in stage(*options, moved, run_dir=run_dir)[0], "its content counts, not its name"
     moved.write_text(moved.read_text().replace("helps.", "helps!"))
-    stage(*options, moved, run_dir=run_dir, run=refusing(fails, "was made with --constitution"))
+    stage(*options, moved, run_dir=run_dir, words="was made with --constitution")
 
 
 @pytest.mark.parametrize(
@@ -160,8 +147,8 @@ def test_other_words_are_another_run(stage, fails, tmp_path):
         (("--model", "/no/such/model"), "no such folder"),
     ],
 )
-def test_bad_options_are_one_line(stage, fails, options, words):
-    assert stage(*options, run=refusing(fails, words))[2] is None
+def test_bad_options_are_one_line(stage, options, words):
+    assert stage(*options, words=words)[2] is None
 
 
 def test_text_that_names_scores_buys_none(stage):
