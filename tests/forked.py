@@ -3,7 +3,6 @@
 They are killed, counted and launched in numbers by the tests; what a user types is tested elsewhere.
 """
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -53,12 +52,6 @@ def kill_before(event: int, folder: str, how: int = signal.SIGKILL) -> None:
     sys.addaudithook(hook)
 
 
-def give_up_powers() -> None:
-    """From now on a file's mode binds this process, even if it is root's (Linux: no capabilities)."""
-    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capset(header, none) == 0
-
-
 def _main(script, arguments: list[str], environment: dict[str, str], folder: str, limit, kill: tuple, powers: bool):
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY), descriptor)
@@ -76,8 +69,9 @@ def _main(script, arguments: list[str], environment: dict[str, str], folder: str
     torch.set_num_threads(1)  # threads of the parent do not live on in a fork
     if kill:
         kill_before(*kill)
-    if not powers:
-        give_up_powers()
+    if not powers:  # a file's mode binds this process then, even if it is root's (Linux: no capabilities)
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(header, none) == 0
     sys.argv, sys.path[0] = [script, *arguments], str(ROOT)
     os.chdir(ROOT)
     code = 0
@@ -156,40 +150,41 @@ class Launch:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """A run's files but its records and locks; one that a kill has left half written would be among them."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and "args" not in file.name}
+    files = [file for file in folder.rglob("*") if file.is_file() and "args" not in file.name]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def check_kills(stage: str, start: Path, output: str, options: tuple, folder: Path) -> tuple[int, int]:
+def check_kills(stage: str, start: Path, options: tuple, folder: Path) -> tuple[int, int]:
     """Kills a stage before every one of its file events, each time in a copy of the folder `start`: (kills, refusals).
 
-    The same command must then give the same bytes. Meanwhile the next stage refuses the output, or it is the old one,
-    or the whole new one.
+    The same command must then give the same bytes, without --overwrite where the stage had begun. Meanwhile its record
+    says that it is not complete, or all is as it was, or all is there (and of stage 6 a last checkpoint).
     """
 
-    def begin(run_dir: Path, **kill) -> Launch:
+    def begin(run_dir: Path, *options, **kill) -> Launch:
         return Launch(f"{stage}.py", "--run_dir", run_dir, *options, **kill)
 
-    def usable(run_dir: Path) -> bool:
-        with contextlib.suppress(common.UserError):
-            return bool(common.made_by(run_dir / output))
-        return False
+    def record_of(run_dir: Path) -> dict:
+        return common.read_record(run_dir / f"{stage[:2]}_args.json")
 
-    code, _, err = begin(shutil.copytree(start, folder / "whole")).finish()
+    code, _, err = begin(shutil.copytree(start, folder / "whole"), *options).finish()
     assert code == 0, err
-    old, whole = contents(start), contents(folder / "whole")
+    old, whole, before = contents(start), contents(folder / "whole"), record_of(start).get("args")
+    rest = tuple(option for option in options if option != "--overwrite")
     kills, refusals, event, killed = 0, 0, 1, [True]
     while all(killed):  # until it comes to its end
-        folders = [shutil.copytree(start, folder / str(e)) for e in (event, event + 1)]  # two cores
-        launches = [begin(run_dir, kill=(e, str(run_dir))) for e, run_dir in enumerate(folders, event)]
+        folders, again = [shutil.copytree(start, folder / str(e)) for e in (event, event + 1)], []  # two cores
+        launches = [begin(run_dir, *options, kill=(e, str(run_dir))) for e, run_dir in enumerate(folders, event)]
         killed = [launch.finish()[0] != 0 for launch in launches]
         for run_dir in folders:
-            now = contents(run_dir)
-            refusals += not usable(run_dir)
-            assert not usable(run_dir) or now.get(output) in (None, old.get(output), whole[output])
-        again = [begin(run_dir) for run_dir in folders]
+            record = record_of(run_dir)
+            begun, complete = record.get("args") != before, record.get("complete", False)
+            refusals += not complete
+            assert not complete or (whole if begun else old).items() <= contents(run_dir).items()
+            again.append(begin(run_dir, *(rest if begun else options)))
         assert [launch.finish()[0] for launch in again] == [0, 0], [launch.read("err") for launch in again]
         for run_dir in folders:
-            assert contents(run_dir) == whole and usable(run_dir)
+            assert contents(run_dir) == whole and record_of(run_dir)["complete"]
             shutil.rmtree(run_dir)
         kills, event = kills + sum(killed), event + 2
     return kills, refusals

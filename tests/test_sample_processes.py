@@ -1,7 +1,8 @@
-"""Stages 1 to 3 on several processes, and killed at every file event: the same bytes in the end."""
+"""Stages 1 to 3 on several processes, and all killed at every file event: the same bytes in the end."""
 
 import json
 import random
+import shutil
 
 import pytest
 from conftest import COMMANDS, FILES, copy_run, count_rows, wait
@@ -28,12 +29,23 @@ def test_two_and_three_processes_write_the_same_files(finished, tmp_path):
         assert {path.suffix for path in run_dir.glob(".*")} <= {".lock"}, "nothing else is left beside the files"
 
 
-@pytest.mark.parametrize("stage", FILES)
-def test_killed_at_every_file_event(finished, tmp_path, stage):
-    """FAULTS 32: then the same command gives the same bytes; whatever is there meanwhile is not taken for whole."""
-    command = copy_run(finished, tmp_path / "start", stage)
-    kills, refusals = check_kills(stage, tmp_path / "start", FILES[stage], command[2:], tmp_path)
-    assert kills > 12 and refusals > 10, "it has looked at something"
+KILLS = [(stage, (), 12, 10) for stage in FILES] + [
+    ("04_denoise", (), 4, 2),
+    ("04_denoise", ("--ddof", "1", "--overwrite"), 4, 2),
+    ("05_pairs", (), 4, 2),
+    ("05_pairs", ("--refined_only", "--overwrite"), 4, 2),
+    ("06_train", ("--alpha", "2", "--batch_size", "3", "--save_steps", "1", "--overwrite"), 20, 10),
+]
+
+
+@pytest.mark.parametrize(("stage", "other", "kills", "refusals"), KILLS)
+def test_killed_at_every_file_event(finished, tmp_path, stage, other, kills, refusals):
+    """FAULTS 32 and 33: the same bytes in the end, whether it begins, or is made again with other options."""
+    command = copy_run(finished, tmp_path / "start", stage, itself=bool(other))
+    if stage == "06_train":
+        shutil.copytree(finished[0] / "06_model", tmp_path / "start" / "06_model")
+    found = check_kills(stage, tmp_path / "start", (*command[2:], *other), tmp_path)
+    assert found[0] > kills and found[1] > refusals, "it has looked at something"
 
 
 @pytest.mark.parametrize("stage", FILES)
