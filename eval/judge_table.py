@@ -86,7 +86,7 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
         compared = i > 0 and len(gaps[0]) > 0
         if i and not compared:
             common.warn(f"{run.path} and {runs[0].path} have no scored prompt in common: no difference is shown")
-        scores = [scores for group in run.groups().values() for scores in group]
+        scores = [scores for group in run.groups.values() for scores in group]
         about = {"test_set": run.test_set, "system": run.name}
         counts = {"prompts": len(own), "responses": len(scores), "unscored": scores.count(None)}
         for name in own:

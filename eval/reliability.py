@@ -96,7 +96,7 @@ def bounds_and_dets(run: shared.Run, rho: float | None) -> tuple[float, float, d
                 common.made_by(run.path.with_name(name))
         for name in ("04_denoised.jsonl", "04_dropped.jsonl"):
             filtered += common.read_rows(run.path.with_name(name), scored=True)
-    several = {id: group for id, group in run.groups().items() if len(shared.read_scores(group)) > 1}
+    several = {id: group for id, group in run.groups.items() if len(shared.read_scores(group)) > 1}
     return least, 30.0 if rho is None else rho, shared.dets_of(several, filtered)
 
 

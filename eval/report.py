@@ -479,7 +479,7 @@ def show_tests(runs: list[shared.Run], args: Args) -> list[dict]:
     sets = []
     for test_set, (base, *others) in shared.by_test_set(runs).items():
         names = base.objectives
-        means = {run.name: shared.prompt_means(run.groups(), names) for run in (base, *others)}
+        means = {run.name: shared.prompt_means(run.groups, names) for run in (base, *others)}
         for run in others:
             shared.shared_ids(base, run)  # an id is the same prompt in both
             means[f"{run.name} − {base.name}"] = shared.gains(means[run.name], means[base.name])

@@ -16,8 +16,11 @@ from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
+import jinja2
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from common import arg, check
 
+matplotlib.use("Agg")  # no window, whatever MPLBACKEND says
 PAGES = Path(__file__).with_name("pages")
 det_covariance = importlib.import_module("04_denoise").det_covariance  # equation 1 stands there, once
 # colours that are told apart also by people who are colour-blind; black last
@@ -47,28 +51,16 @@ class Run:
     record: dict  # of the stage that scored; {} for a file of one's own
     seeds: tuple[Run, ...] = ()  # the runs of several seeds that `merge_seeds` has put together
 
-    @property
-    def args(self) -> dict:
-        """The arguments of the stage that scored."""
-        return self.record.get("args", {})
-
-    @property
-    def objectives(self) -> list[str]:
-        """Names of the objectives, in order of priority."""
-        return objective_names(self.made, self.groups())
-
-    @property
-    def judge(self) -> str | None:
-        """Who scored; None where no record says it."""
-        return judge_name(self.args)
-
-    def groups(self) -> dict[str, list]:
-        """The scores of each prompt's responses, by id: k numbers or None each."""
-        return {row["id"]: [response["scores"] for response in row["responses"]] for row in self.rows}
+    def __post_init__(self):
+        self.args = self.record.get("args", {})  # of the stage that scored
+        self.judge = judge_name(self.args)  # who scored; None where no record says it
+        # id -> the scores of the prompt's responses, k numbers or None each
+        self.groups = {row["id"]: [response["scores"] for response in row["responses"]] for row in self.rows}
+        self.objectives = objective_names(self.made, self.groups)  # in order of priority
 
     def means(self) -> pd.DataFrame:
         """The mean scores of each prompt that has any: a row a prompt, a column an objective."""
-        means = prompt_means(self.groups(), self.objectives)
+        means = prompt_means(self.groups, self.objectives)
         check(len(means), f"{self.path}: no response has scores")
         return means
 
@@ -148,15 +140,13 @@ def read_runs(
     check(seeds or twice is None, f"--runs: '{twice}' twice on one test set; give each a NAME=DIR of its own")
     for group in by_test_set(runs).values() if per_set else [runs]:
         for run in group:
-            differ = f"{run.path} was scored on {run.objectives}, {group[0].path} on {group[0].objectives}"
-            check(run.objectives == group[0].objectives, differ)
+            check_objectives(run, group[0])
     found = differences(runs)
     if allow_differences is False:
         check(not found, f"{'; '.join(found)}: score them alike, or pass --allow_differences")
-    if allow_differences is None:
-        other = "; ".join(text for text in found if text.startswith("several definitions"))
-        check(not other, f"{other}: score them alike")
     for text in found:
+        fatal = allow_differences is None and text.startswith("several definitions")
+        check(not fatal, f"{text}: score them alike")
         common.warn(f"{text}: their scores may not compare")
     # the judge's prompt, its words and readers stand there: an ablation may be an edit of them
     code = {run.record["code"].get("common.py") for run in runs if "code" in run.record and not run.args.get("scorer")}
@@ -165,27 +155,31 @@ def read_runs(
     return merge_seeds(runs) if seeds else runs
 
 
+def check_objectives(run: Run, other: Run) -> None:
+    """UserError if two runs were scored on other objectives."""
+    differ = f"{run.path} was scored on {run.objectives}, {other.path} on {other.objectives}: compare equal ones"
+    check(run.objectives == other.objectives, differ)
+
+
 def merge_seeds(runs: list[Run]) -> list[Run]:
     """Runs of one name on one test set, as of several seeds, become one: each prompt has the responses of all."""
-    groups, merged = {}, []
+    merged: dict[tuple, Run] = {}
     for run in runs:
-        groups.setdefault((run.test_set, run.name), []).append(run)
-    for (_, name), seeds in groups.items():
-        folders = {run.path for run in seeds}
-        check(len(folders) == len(seeds), f"--runs: '{name}' twice on one test set, from one folder")
-        rows: dict[str, dict] = {}
-        for run in seeds:
-            shared_ids(seeds[0], run)  # refuses an id that has two prompts
-            for row in run.rows:
-                before = rows.get(row["id"], {"responses": []})
-                rows[row["id"]] = row | {"responses": before["responses"] + row["responses"]}
-        merged.append(replace(seeds[0], rows=list(rows.values()), seeds=tuple(seeds)))
-    return merged
+        first = merged.get((run.test_set, run.name), replace(run, rows=[], seeds=()))
+        known = [seed.path for seed in first.seeds]
+        check(run.path not in known, f"--runs: '{run.name}' twice on one test set, from one folder")
+        shared_ids(first, run)  # refuses an id that has two prompts
+        rows = {row["id"]: row for row in first.rows}
+        for row in run.rows:
+            before = rows.get(row["id"], {"responses": []})
+            rows[row["id"]] = row | {"responses": before["responses"] + row["responses"]}
+        merged[run.test_set, run.name] = replace(first, rows=list(rows.values()), seeds=(*first.seeds, run))
+    return list(merged.values())
 
 
 def differences(runs: list[Run]) -> list[str]:
     """What keeps the scores of these runs from comparing, a text each; runs without a record are not looked at."""
-    found: dict[str, list] = {}  # what -> (name of a run, its way, how that is shown); seeds share a name
+    rows = []  # (what, the way of a run, how that is shown); seeds share a name
     for run in (run for run in runs if run.record):
         made = run.record.get("inputs", {})
         # a judge is what is in its folder, wherever that lies: trained again under the same name it is another one
@@ -200,16 +194,14 @@ def differences(runs: list[Run]) -> list[str]:
             "chat templates of the judge": template,
             "types of the judge's numbers": run.args.get("dtype"),
         }
-        damaged = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
-        with contextlib.suppress(*damaged):  # the definitions as the judge has read them
+        with contextlib.suppress(ValueError, SyntaxError):  # the definitions as the judge has read them
             words = ast.literal_eval(made.get("constitution", "[]"))
             ways |= {f"definitions of {name}": text for name, text in words}
         for what, way in ways.items():
             shown = f"{run.judge} {content}".strip() if what == "judges" else str(way)
-            found.setdefault(what, []).append((f"{run.test_set}:{run.name}".lstrip(":"), way, shown[:60]))
-    several = {what: own for what, own in found.items() if len({way for _, way, _ in own}) > 1}
-    listed = {what: dict.fromkeys(f"{run}: {shown}" for run, _, shown in own) for what, own in several.items()}
-    return [f"several {what} ({', '.join(texts)})" for what, texts in listed.items()]
+            rows.append((what, str(way), f"{run.test_set}:{run.name}: {shown[:60]}".lstrip(":")))
+    ways_of = pd.DataFrame(rows, columns=["what", "way", "shown"]).groupby("what", sort=False)
+    return [f"several {what} ({', '.join(of.shown.unique())})" for what, of in ways_of if of.way.nunique() > 1]
 
 
 def by_test_set(runs: list[Run]) -> dict[str, list[Run]]:
@@ -359,10 +351,8 @@ def bootstrap_interval(values, statistic=None, draws: int = 10_000, seed: int | 
 
 def quantiles(values) -> tuple[float, float]:
     """The ends of the middle 95 % of the values that are not NaN; NaN, NaN if all are."""
-    values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (math.nan, math.nan)
-    return float(low), float(high)
+    low, high = pd.Series(values, dtype=float).quantile([0.025, 0.975]).tolist()
+    return low, high
 
 
 def estimate(values, name: str = "", seed: int = 0) -> dict[str, float]:
@@ -413,6 +403,9 @@ def with_interval(row: dict, name: str = "", digits: int = 2, scale: float = 1, 
 
 LATEX = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {"\\": r"\textbackslash ", "~": r"\textasciitilde "}
 LATEX |= {"^": r"\textasciicircum ", "±": r"$\pm$", "–": "--", "−": "$-$", "λ": r"$\lambda$"}
+# control characters become visible pictures of themselves, but for tab and newline; halves of a character a sign
+VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF], 0xFFFD)
 
 
 def align_tables(text: str) -> str:
@@ -431,11 +424,6 @@ def align_tables(text: str) -> str:
 def as_cell(value) -> str:
     """A value in a Markdown table: what is not whole with two digits."""
     return (round_half_up(value) if isinstance(value, float) else str(value)).replace("|", "\\|")
-
-
-def as_latex(value) -> str:
-    """A value in a LaTeX table."""
-    return str(value).translate(str.maketrans(LATEX))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -459,22 +447,11 @@ def write_table(output_dir: str, name: str, text: str, rows: list[dict] | pd.Dat
 @contextlib.contextmanager
 def figure(path: Path, columns: int = 1, width: float = 6.4, height: float = 4.0):
     """Yields the axes of a figure (a list if `columns` > 1) that is saved as `path` (PNG) and as PDF."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     with matplotlib.rc_context(fname=PAGES / "figure.mplstyle"):
-        drawing, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
-        yield axes
-        for suffix in (".png", ".pdf"):
-            drawing.savefig(path.with_suffix(suffix), metadata=None if suffix == ".png" else {"CreationDate": None})
-        pyplot.close(drawing)
-
-
-# control characters become visible pictures of themselves, but for tab and newline; halves of a character a sign
-VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
-VISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF], 0xFFFD)
+        drawing = Figure(figsize=(width, height), layout="constrained")
+        yield drawing.subplots(1, columns)
+        drawing.savefig(path.with_suffix(".png"))
+        drawing.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
 def visible(value) -> str:
@@ -487,14 +464,10 @@ def render_page(name: str, **values) -> str:
 
     `hashes` lets in the page's own style and script, no other.
     """
-    import jinja2
-
     source, hashes, kind = (PAGES / name).read_text(encoding="utf-8"), {}, Path(name).suffix
-    for tag in ("style", "script"):
-        if found := re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL):
-            digest = base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
-            hashes[tag] = f"sha256-{digest}"
-
+    for tag, text in re.findall(r"<(style|script)>(.*?)</\1>", source, re.DOTALL):
+        hashes[tag] = f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    as_latex = lambda value: str(value).translate(str.maketrans(LATEX))  # noqa: E731
     write = {".html": visible, ".md": as_cell, ".tex": as_latex}[kind]
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
