@@ -46,9 +46,12 @@ def by_length(rows: list[dict], probes: dict[str, dict]) -> dict[str, dict]:
     return {which: common.count_right(own) for which, own in pairs.items()}
 
 
-def right_of(rows: list[dict]) -> dict[str, bool]:
-    """id -> whether the better answer has the higher score."""
-    return {row["id"]: common.is_right(row["better"], row["worse"]) for row in rows}
+def right_of(rows: list[dict]) -> dict[str, dict[str, bool]]:
+    """{objective: {id: whether the better answer has the higher score}}."""
+    found: dict[str, dict] = {row["objective"]: {} for row in rows}
+    for row in rows:
+        found[row["objective"]][row["id"]] = common.is_right(row["better"], row["worse"])
+    return found
 
 
 def differences(own: dict[str, bool], other: dict[str, bool]) -> dict:
@@ -65,9 +68,7 @@ def read_check(folder: Path) -> dict[str, dict[str, bool]]:
     path, of_stage = folder / "judge_check.json", folder / "02_judge_check.jsonl"
     if of_stage.is_file() and not path.is_file():
         fields = {"id", "objective", "better", "worse"}
-        rows = [row for _, row in shared.read_jsonl(of_stage, fields, "not a row of 02_score.py")]
-        names = dict.fromkeys(row["objective"] for row in rows)
-        return {name: right_of([row for row in rows if row["objective"] == name]) for name in names}
+        return right_of([row for _, row in shared.read_jsonl(of_stage, fields, "not a row of 02_score.py")])
     check(path.is_file(), f"--against {folder}: no judge_check.json there; make it with this script")
     found = common.parse_json(path.read_text(encoding="utf-8"), str(path))
     check(isinstance(found, dict) and isinstance(found.get("right"), dict), f"{path}: not written by this script")
@@ -115,17 +116,17 @@ def main(args: Args) -> None:
         common.settle_score_mode(args, judge, record)
     common.announce("judge check", judge.title, f"{len(probes)} probes", args.score_mode, ", ".join(args.objectives))
 
-    texts, checked, right = {probe["id"]: probe for probe in probes}, {}, {}
+    rows = []
     for part, output in zip(parts, outputs, strict=True):
         names = [name.lower() for name, _ in part]
         own = [probe for probe in probes if probe["objective"] in names]
-        rows = common.check_judge(judge, args, part, own, record, output)
-        if rows is None:  # the first of several processes reports
-            return
-        for name, found in common.sum_up_check(rows).items():
-            own = [row for row in rows if row["objective"] == name]
-            checked[name], right[name] = found | by_length(own, texts), right_of(own)
+        rows += common.check_judge(judge, args, part, own, record, output) or ()
+    if common.processes()[0] > 0:  # the first of several reports
+        return
     common.finish(record, common.count_lines(outputs[0]))
+    texts, checked, right = {probe["id"]: probe for probe in probes}, common.sum_up_check(rows), right_of(rows)
+    for name, found in checked.items():
+        found |= by_length([row for row in rows if row["objective"] == name], texts)
 
     who = shared.judge_name(vars(args))
     title = f"{who}, {args.score_mode}{', one objective at a time' if args.one_at_a_time else ''}, {args.split}"

@@ -56,8 +56,8 @@ def judge_again(args: Args, judge: common.Engine, objectives: list[list[str]], s
     return [{"id": row["id"], "times": [list(next(found)) for _ in row["responses"]]} for row in some]
 
 
-def repeated_scores(args: Args, run: shared.Run, label: str) -> tuple[list[dict], common.Engine] | None:
-    """(`judge_again` of all prompts of a run, its judge); None but on the first of several processes."""
+def repeated_scores(args: Args, run: shared.Run, label: str) -> tuple[list[dict] | None, str]:
+    """(`judge_again` of all prompts of a run, None but on the first of several processes; its judge's name)."""
     own = dataclasses.replace(args)  # what this run's record fills in is not the next one's
     other = own.judge_model or own.judge_endpoint
     check(not own.scorer and (other or not run.args.get("scorer")), "a function has no wording: pass --judge_model")
@@ -80,10 +80,10 @@ def repeated_scores(args: Args, run: shared.Run, label: str) -> tuple[list[dict]
         sizes.append((common.text_size(chat) + own.judge_max_new_tokens, len(row["responses"])))
     work = functools.partial(judge_again, own, judge, objectives)
     rows = common.map_rows(work, run.rows, sizes, record, output, judge, f"reliability of {label}")
-    if rows is None:
-        return None
-    common.finish(record, len(rows))
-    return rows, judge
+    if rows is not None:
+        common.finish(record, len(rows))
+        common.show_tokens(judge)
+    return rows, judge.title
 
 
 def bounds_and_dets(run: shared.Run, rho: float | None) -> tuple[float, float, dict[str, float]]:
@@ -108,9 +108,7 @@ def variance_rows(run: shared.Run, again: list[dict], least: float, rho: float, 
             read, det = shared.read_scores(times), dets.get(str(repeated["id"]))
             if len(read) > 1 and det is not None:
                 by_axis = np.var(read, axis=0)  # population variance
-                row = {"id": repeated["id"], "response": number, "det": det, "kept": least < det <= rho}
-                row |= {"variance": by_axis.sum()}
-                rows.append(row | {f"variance_{n}": v for n, v in zip(run.objectives, by_axis, strict=True)})
+                rows.append([repeated["id"], number, det, least < det <= rho, by_axis.sum(), *by_axis])
     keys = ["id", "response", "det", "kept", "variance", *(f"variance_{name}" for name in run.objectives)]
     return pd.DataFrame(rows, columns=keys)
 
@@ -131,10 +129,9 @@ def draw(path, by_run: dict[str, pd.DataFrame]) -> None:
     """det against variance, a point per response, a panel per run."""
     with shared.figure(path, columns=len(by_run), width=2 + 4.4 * len(by_run)) as panels:
         for axes, (name, rows) in zip(np.atleast_1d(panels), by_run.items(), strict=True):
-            for kept, label, colour, marker in ((True, "kept", 0, "o"), (False, "dropped", 1, "s")):
+            for kept, label, marker in ((True, "kept", "o"), (False, "dropped", "s")):
                 points = rows[rows["kept"] == kept]
-                style = {"color": shared.COLOURS[colour], "marker": marker}
-                axes.scatter(points["det"], points["variance"], s=18, alpha=0.6, label=label, **style)
+                axes.scatter(points["det"], points["variance"], s=18, alpha=0.6, label=label, marker=marker)
             positive = rows["det"][rows["det"] > 0]
             axes.set_xscale("symlog", linthresh=positive.min() if len(positive) else 1.0)
             axes.set(title=name, xlabel="det Σ of the prompt's scores (0, then log scale)")
@@ -153,15 +150,13 @@ def main(args: Args) -> None:
     others = [shared.read_run(spec) for spec in args.others or []]
     check(len(others) in (0, len(runs)), f"--others: {len(others)} for {len(runs)} runs; give one for each")
     for run, other in zip(runs, others, strict=False):
-        differ = f"--others: {other.path} was scored on {other.objectives}, {run.path} on {run.objectives}"
-        check(run.objectives == other.objectives, differ)
+        shared.check_objectives(other, run)
 
+    repeated = [repeated_scores(args, run, label) for run, label in zip(runs, labels, strict=True)]
+    if common.processes()[0] > 0:  # the first of several reports
+        return
     by_prompt, by_response, found = {}, {}, {}
-    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-        repeated = repeated_scores(args, run, label)
-        if repeated is None:
-            return
-        again, judge = repeated
+    for i, (run, label, (again, judge)) in enumerate(zip(runs, labels, repeated, strict=True)):
         least, rho, dets = bounds_and_dets(run, args.rho)
         rows = by_response[label] = variance_rows(run, again, least, rho, dets)
         prompts = rows.drop(columns="response").groupby(["id", "det", "kept"], sort=False).mean().reset_index()
@@ -172,7 +167,7 @@ def main(args: Args) -> None:
         low, high = shared.bootstrap_interval(both, rank, draws=2000, seed=args.seed)
         scores = [own for row in again for times in row["times"] for own in times]
         groups = {f"kept, {least:g} < det ≤ {rho:g}": prompts[prompts["kept"]], "dropped": prompts[~prompts["kept"]]}
-        found[label] = {"names": run.objectives, "groups": {"all": prompts} | groups, "judge": judge.title}
+        found[label] = {"names": run.objectives, "groups": {"all": prompts} | groups, "judge": judge}
         found[label] |= {"rank": {"mean": rank(both), "low": low, "high": high}, "scores": scores}
         found[label] |= {"other": agreement(run, others[i]) if others else None}
     text = shared.render_page("reliability.md", runs=found, k=args.k, how=args.how)
@@ -183,9 +178,7 @@ def main(args: Args) -> None:
         shared.write_csv(path, lines[["run", *lines.columns.drop("run")]])
     shared.write_text(path.with_suffix(".md"), text)
     draw(path, by_response)
-    print(f"\n{text}")
-    common.show_tokens(judge)
-    print(f"\nwrote {path}, reliability_responses.csv, .md, .png and .pdf, and the scores beside them")
+    print(f"\n{text}\n\nwrote {path}, reliability_responses.csv, .md, .png and .pdf, and the scores beside them")
 
 
 if __name__ == "__main__":
