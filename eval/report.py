@@ -193,18 +193,9 @@ def number(value) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{round_half_up(100 * share, 1)} %"
-
-
 def read_of(groups: dict[str, list]) -> list[list]:
     """All scores that were read."""
     return shared.read_scores([*itertools.chain(*groups.values())])
-
-
-def mean_intervals(means: pd.DataFrame) -> list[str]:
-    """Of each objective the mean over prompts with its 95 % bootstrap interval, as text."""
-    return [shared.with_interval(shared.estimate(means[axis].to_numpy())) for axis in means]
 
 
 def pair_weights(gaps: list[float], alpha: float) -> list[float]:
@@ -250,20 +241,16 @@ def bars(run: Run, title, x_label, groups: dict[str, list], what="", share=False
     rules: (place, text); bins: (edges, labels); linear: where the axis is no more logarithmic.
     """
     edges, labels = bins or bins_of([*itertools.chain(*groups.values())])
-    # no binary dust beyond the last edge
-    counts = {name: np.histogram(np.clip(of, edges[0], edges[-1]), edges)[0] for name, of in groups.items()}
-    heights = {name: of * (100 / of.sum()) if share else of for name, of in counts.items()}
+    groups = {name: np.clip(of, edges[0], edges[-1]) for name, of in groups.items()}  # no binary dust beyond the edges
+    counts = pd.DataFrame({name: np.histogram(of, edges)[0] for name, of in groups.items()}, index=labels)
+    heights = counts * (100 / counts.sum()) if share else counts
 
     def draw(axes):
-        widths, left, bottom = 0.86 * np.diff(edges), edges[:-1] + 0.07 * np.diff(edges), np.zeros(len(labels))
-        for i, (name, tall) in enumerate(heights.items()):
-            if share:  # side by side
-                place = {"x": left + i * widths / len(groups), "width": widths / len(groups)}
-            else:
-                place = {"x": left, "width": widths, "bottom": bottom}
-                bottom = bottom + tall
-            made = axes.bar(height=tall, align="edge", color=SERIES[i], label=name, **place)
-            for bar, label, height in zip(made, labels, tall.tolist(), strict=True):
+        weights = [np.full(len(of), 100 / len(of) if share else 1) for of in groups.values()]
+        style = {"stacked": not share, "rwidth": 0.86, "color": SERIES[: len(groups)], "label": list(groups)}
+        axes.hist(list(groups.values()), edges, weights=weights, **style)
+        for name, made in zip(heights, axes.containers, strict=True):
+            for bar, (label, height) in zip(made, heights[name].items(), strict=True):
                 bar.set_gid(f"{HINT}{name}, {label}: {number(height)}")
         for place, text in rules:
             axes.axvline(place, color=AXES, linestyle="--")
@@ -276,10 +263,10 @@ def bars(run: Run, title, x_label, groups: dict[str, list], what="", share=False
             axes.xaxis.set_major_formatter(lambda x, _: "" if 0 < x < linear else f"{x:g}")
 
     says = []
-    for name, tall in heights.items():
-        listed = (f"{label}: {number(height)}" for label, height in zip(labels, tall.tolist(), strict=True) if height)
+    for name in heights:
+        listed = (f"{label}: {number(height)}" for label, height in heights[name].items() if height)
         says.append(f"{name}: {', '.join(listed)}")
-    counted = {"counts": [*zip(labels, *counts.values(), strict=True)], "groups": list(groups)}
+    counted = {"counts": list(counts.itertuples(name=None)), "groups": list(groups)}
     return picture(run, title, ". ".join(says), draw) | counted
 
 
@@ -503,13 +490,12 @@ def build_page(runs: list[Run], test_runs: list[shared.Run], args: Args) -> str:
     for i, run in enumerate(tqdm(runs, desc="report", unit="run"), 1):
         shown.append({key: show(run, args) for key, show in SECTIONS.items()} | {"of": run, "anchor": f"run{i}"})
         shown[-1]["definitions"] = shared.definitions(run.scored_by)
-        means = (shared.prompt_means(groups, run.names) for groups in (run.candidates, run.refined))
-        shown[-1]["means"] = [dict(zip(run.names, mean_intervals(of), strict=True)) for of in means]
+        shown[-1]["means"] = [shared.prompt_means(groups, run.names) for groups in (run.candidates, run.refined)]
         lines, (fit, verdict) = common.check_lines(run.made), common.judge_verdict(run.made, run.names)
         shown[-1]["checked"] = [line.removeprefix("judge check: ") for line in lines] + [verdict] * (not fit)
-    texts = (is_number, number, percent, mean_intervals, common.tie_rate, common.plain_text)  # for the page
+    functions = (is_number, number, shared.estimate, common.tie_rate, common.plain_text)  # for the page
     facts = {"tests": show_tests(test_runs, args), "whole": bool(args.ids), "seed": args.seed, "curves": CURVES}
-    return shared.render_page(PAGE.name, runs=shown, **facts, **{text.__name__: text for text in texts})
+    return shared.render_page(PAGE.name, runs=shown, **facts, **{one.__name__: one for one in functions})
 
 
 def main(args: Args) -> None:
