@@ -69,13 +69,12 @@ def build_study(runs: list[shared.Run], num_prompts: int, seed: int) -> tuple[di
     items, keys = [], []
     for id in sorted(ids, key=lambda id: common.derive_seed(seed, "draw", id))[:num_prompts]:
         item = f"{common.derive_seed(seed, 'item', id):016x}"  # the id itself may say too much
-        left = common.derive_seed(seed, "side", id) % 2
-        answers = [of[id]["responses"][0] for of in rows]
-        sides = {"left": answers[left]["text"], "right": answers[1 - left]["text"]}
-        items.append({"item": item, "prompt": common.plain_text(rows[0][id]["prompt"])} | sides)
-        sides = {"left": runs[left].name, "right": runs[1 - left].name}
-        scores = {run.name: answer["scores"] for run, answer in zip(runs, answers, strict=True)}
-        keys.append({"item": item, "id": id} | sides | {"scores": scores})
+        answers = {run.name: of[id]["responses"][0] for run, of in zip(runs, rows, strict=True)}
+        left, right = list(answers)[:: -1 if common.derive_seed(seed, "side", id) % 2 else 1]
+        texts = {"left": answers[left]["text"], "right": answers[right]["text"]}
+        items.append({"item": item, "prompt": common.plain_text(rows[0][id]["prompt"])} | texts)
+        scores = {name: answer["scores"] for name, answer in answers.items()}
+        keys.append({"item": item, "id": id, "left": left, "right": right, "scores": scores})
     objectives = shared.definitions(runs[0].args) or [[name, ""] for name in runs[0].objectives]
     data = {"dimensions": [{"name": name, "definition": text} for name, text in objectives], "items": items}
     study = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
@@ -125,9 +124,7 @@ def read_json(path: Path) -> dict:
 def read_key(path: Path) -> dict:
     """annotate_key.json."""
     key = read_json(path)
-    whole = {"study", "systems", "dimensions", "items"} <= key.keys() and isinstance(key["items"], list)
-    parts = {"item", "left", "right", "scores"}
-    whole = whole and all(isinstance(item, dict) and parts <= item.keys() for item in key["items"])
+    whole = {"study", "systems", "dimensions", "items"} <= key.keys()
     check(whole, f"{path} is no key of this script; give the annotate_key.json that was made with the page")
     return key
 

@@ -43,12 +43,6 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     return np.array(front[::-1])
 
 
-def count_moves(change: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """How many prompts made each pair of moves: a row a move of the primary, a column one of the secondary."""
-    steps = np.where(change > tolerance, "up", np.where(change < -tolerance, "down", "same"))  # (N, 2)
-    return pd.crosstab(steps[:, 0], steps[:, 1]).reindex(index=MOVES, columns=MOVES, fill_value=0)
-
-
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "tolerance")
     runs = shared.read_runs(args.runs, least=2, allow_differences=args.allow_differences)
@@ -61,15 +55,16 @@ def main(args: Args) -> None:
         shared.shared_ids(runs[0], run)  # an id is the same prompt in both
         change = shared.gains(after, means[0])
         check(len(change), f"{runs[0].path} and {run.path} have no scored prompt in common")
-        moves[f"{runs[0].name} → {run.name}"] = count_moves(change, args.tolerance)
+        # how many prompts made each pair of moves: a row a move of the primary, a column one of the secondary
+        steps = np.where(change > args.tolerance, "up", np.where(change < -args.tolerance, "down", "same"))  # (N, 2)
+        counts = pd.crosstab(steps[:, 0], steps[:, 1]).reindex(index=MOVES, columns=MOVES, fill_value=0)
+        moves[f"{runs[0].name} → {run.name}"] = counts
 
-    table, path = [], shared.output_path(args.output_dir, "frontier.md")
+    tables, path = {}, shared.output_path(args.output_dir, "frontier.md")
     with shared.figure(path, width=5.6, height=5.2) as axes:
         for run, points, marker, colour in zip(runs, means, "osD^vP*X" * 9, shared.COLOURS * 9, strict=False):
-            on_front = set(map(tuple, pareto_front(points.to_numpy()).tolist()))
-            for id, *point in points.itertuples():
-                about = {"run": run.name, "id": id} | dict(zip(names, point, strict=True))
-                table.append(about | {"on_front": tuple(point) in on_front})
+            on_front = pareto_front(points.to_numpy()).tolist()
+            tables[run.name] = points.assign(on_front=[point in on_front for point in points.to_numpy().tolist()])
             primary, secondary = points.to_numpy().T
             own = {"marker": marker, "color": colour}
             axes.scatter(secondary, primary, s=16, alpha=0.45, **own)
@@ -80,7 +75,7 @@ def main(args: Args) -> None:
         axes.legend(title="large: mean; line: Pareto front", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     facts = {"primary": names[0], "secondary": names[1], "unlike": shared.differences(runs)}
     text = shared.render_page("frontier.md", moves=moves, **facts)
-    shared.write_table(args.output_dir, "frontier", text, table)
+    shared.write_table(args.output_dir, "frontier", text, pd.concat(tables, names=["run", "id"]).reset_index())
     print(f"{text}\nwrote {path}, .csv, .png and .pdf")
 
 

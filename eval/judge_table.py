@@ -17,6 +17,7 @@ judges, ways of reading scores, judge prompts or definitions are refused.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -74,15 +75,11 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
         own[REPEATED] = [statistics.fmean(map(repeated_ngrams, texts[id])) for id in own.index]
         return own
 
-    tables, by_seed = [means(run) for run in runs], [[means(one).mean() for one in run.seeds] for run in runs]
-
-    def paired(i: int, j: int) -> pd.DataFrame:
-        shared.shared_ids(runs[i], runs[j])  # an id is the same prompt in both
-        return shared.gains(tables[i], tables[j])
-
-    rows = []
+    for pair in itertools.combinations(runs, 2):
+        shared.shared_ids(*pair)  # an id is the same prompt in both
+    rows, tables = [], [means(run) for run in runs]
     for i, (run, own) in enumerate(zip(runs, tables, strict=True)):
-        gaps = [paired(i, j) for j in range(len(runs)) if j != i]
+        gaps, by_seed = [shared.gains(own, other) for other in tables if other is not own], list(map(means, run.seeds))
         compared = i > 0 and len(gaps[0]) > 0
         if i and not compared:
             common.warn(f"{run.path} and {runs[0].path} have no scored prompt in common: no difference is shown")
@@ -93,7 +90,7 @@ def measure_runs(runs: list[shared.Run], weights: list[float], seed: int) -> lis
             row = about | {"measure": name} | counts | shared.estimate(own[name], seed=seed)
             if compared:
                 row |= {"paired_prompts": len(gaps[0])} | shared.estimate(gaps[0][name], "difference", seed)
-            row["seeds"] = " ".join(f"{one[name]:.6g}" for one in by_seed[i])  # the mean of each
+            row["seeds"] = " ".join(f"{one[name].mean():.6g}" for one in by_seed)  # the mean of each
             rivals = gaps if name != REPEATED else []  # more of that is not better
             above = [len(gap) > 1 and shared.bootstrap_interval(gap[name], seed=seed)[0] > 0 for gap in rivals]
             rows.append(row | {"best": bool(above) and all(above)})

@@ -126,14 +126,11 @@ def compare(args: Args, judge: common.Engine, objectives: list[list[str]], rows:
     if isinstance(judge, common.Scorer):
         found = score_verdicts(judge, todo, len(names)) if todo else []
     else:
-        texts, seeds = [], []
-        for row in todo:
-            for objective in objectives:
-                pairs = (row["a"], row["b"]), (row["b"], row["a"])
-                texts += [pairwise_prompt(objective, row["prompt"], *pair) for pair in pairs]
-                seeds += [common.derive_seed(args.seed, row["id"], objective[0], order) for order in (0, 1)]
-        verdicts = iter(ask_verdicts(args, judge, texts, seeds))
-        found = [[[next(verdicts), next(verdicts)] for _ in names] for _ in todo]
+        asked = [(row, objective, order) for row in todo for objective in objectives for order in (0, 1)]
+        texts = [pairwise_prompt(of, row["prompt"], row["ab"[order]], row["ba"[order]]) for row, of, order in asked]
+        seeds = [common.derive_seed(args.seed, row["id"], name, order) for row, (name, _), order in asked]
+        verdicts = np.array(ask_verdicts(args, judge, texts, seeds), dtype=object)
+        found = verdicts.reshape(len(todo), len(names), 2).tolist()
     found, done = iter(found), []
     for row in rows:
         equal = row["a"] == row["b"]  # a tie on everything; the order can't decide
@@ -146,29 +143,27 @@ def compare(args: Args, judge: common.Engine, objectives: list[list[str]], rows:
 
 def main(args: Args) -> None:
     runs = shared.read_runs(args.runs, least=2)
-    others, rows = [], []
-    for base, *rest in shared.by_test_set(runs).values():
-        others += rest
+    others, rows, bases = [], [], {}
+    for test_set, (base, *rest) in shared.by_test_set(runs).items():
+        others, bases = others + rest, bases | ({test_set: base.name} if rest else {})
         theirs = {row["id"]: row["responses"][0]["text"] for row in base.rows}
         for run in rest:
             mine = {row["id"]: row for row in run.rows}
             for id in shared.shared_ids(run, base):
-                about = {"id": f"{run.test_set}:{run.name}/{id}", "test_set": run.test_set, "system": run.name}
-                about |= {"prompt": mine[id]["prompt"]}
-                rows.append(about | {"a": mine[id]["responses"][0]["text"], "b": theirs[id]})
+                about = {"id": f"{test_set}:{run.name}/{id}", "test_set": test_set, "system": run.name}
+                answers = {"a": mine[id]["responses"][0]["text"], "b": theirs[id]}
+                rows.append(about | {"prompt": mine[id]["prompt"]} | answers)
     check(rows, "these runs have no prompt in common, or no test set has two")
 
     output = shared.output_path(args.output_dir, "pairwise_verdicts.jsonl")
-    base = runs[0]
     inputs = {"--runs": str(common.derive_seed(rows))}  # the answers themselves, wherever they lie
-    record, judge, objectives = shared.open_judge(args, base, "eval/pairwise", output, **inputs)
+    record, judge, objectives = shared.open_judge(args, runs[0], "eval/pairwise", output, **inputs)
     common.announce("pairwise", judge.title, f"{len(rows)} pairs of answers", args.score_mode)
-    sizes = [
-        (common.text_size(common.as_messages(row["prompt"])) + length // 3 + args.judge_max_new_tokens, count)
-        for row in rows
-        for length in [len(row["a"].encode()) + len(row["b"].encode())]
-        for count in [2 * len(objectives) * (row["a"] != row["b"])]
-    ]
+    sizes = []
+    for row in rows:
+        tokens = common.text_size(common.as_messages(row["prompt"])) + args.judge_max_new_tokens
+        tokens += (len(row["a"].encode()) + len(row["b"].encode())) // 3
+        sizes.append((tokens, 2 * len(objectives) * (row["a"] != row["b"])))
     work = functools.partial(compare, args, judge, objectives)
     done = common.map_rows(work, rows, sizes, record, output, judge, "pairwise")
     if done is None:
@@ -176,7 +171,6 @@ def main(args: Args) -> None:
     common.finish(record, len(done))
 
     summaries = [summarize(done, run, name, args.seed) for run in others for name, _ in objectives]
-    bases = {test_set: own[0].name for test_set, own in shared.by_test_set(runs).items() if len(own) > 1}
     text = shared.render_page("pairwise.md", rows=summaries, bases=bases, judge=judge.title)
     path = shared.write_table(args.output_dir, "pairwise", text, summaries)
     draw(path, summaries, " or ".join(dict.fromkeys(bases.values())))

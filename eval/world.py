@@ -199,11 +199,8 @@ def make_tokenizer():
 
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=SPECIAL[1:3]
-    )
-    fast.chat_template = TEMPLATE
-    return fast
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "additional_special_tokens": SPECIAL[1:3]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
 
 
 def make_example(rng: random.Random, tokenizer, is_refinement: bool) -> tuple[list[int], int]:
