@@ -124,7 +124,9 @@ def read_json(path: Path) -> dict:
 def read_key(path: Path) -> dict:
     """annotate_key.json."""
     key = read_json(path)
-    whole = {"study", "systems", "dimensions", "items"} <= key.keys()
+    whole = {"study", "systems", "dimensions", "items"} <= key.keys() and isinstance(key["items"], list)
+    parts = {"item", "left", "right", "scores"}
+    whole = whole and all(isinstance(item, dict) and parts <= item.keys() for item in key["items"])
     check(whole, f"{path} is no key of this script; give the annotate_key.json that was made with the page")
     return key
 

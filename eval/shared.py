@@ -194,7 +194,8 @@ def differences(runs: list[Run]) -> list[str]:
             "chat templates of the judge": template,
             "types of the judge's numbers": run.args.get("dtype"),
         }
-        with contextlib.suppress(ValueError, SyntaxError):  # the definitions as the judge has read them
+        damaged = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
+        with contextlib.suppress(*damaged):  # the definitions as the judge has read them
             words = ast.literal_eval(made.get("constitution", "[]"))
             ways |= {f"definitions of {name}": text for name, text in words}
         for what, way in ways.items():
