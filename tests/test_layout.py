@@ -9,13 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from conftest import ROOT, STAGES
 
-ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["01_sample.py", "02_score.py", "03_refine.py", "04_denoise.py", "05_pairs.py", "06_train.py"]
-TOP = [*STAGES, "common.py", "README.md", "requirements.txt"]
-TOP += ["bench", "configs", "data", "eval", "recipes", "tests"]
-FOLDERS = [".ci", "bench", "configs", "data", "eval", "recipes", "tests"]
+SCRIPTS = [f"{stage}.py" for stage in STAGES]
+FOLDERS = ["bench", "configs", "data", "eval", "recipes", "tests"]
 # Modules of these libraries that their documentation names; all else of them is private.
 PUBLIC = {
     "transformers": {"transformers", "transformers.utils", "transformers.utils.logging"},
@@ -53,31 +50,29 @@ def imports(path: Path) -> set[str]:
 
 def texts() -> dict[Path, str]:
     """The text files of the kit."""
-    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-    files += [path for path in ROOT.iterdir() if path.is_file()]
+    files = [path for folder in (".ci", *FOLDERS) for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a worktree's
     suffixes = {".py", ".sh", ".md", ".txt", ".toml", ".ini", ".yaml", ".html", ".j2", ""}
     return {path: path.read_text(encoding="utf-8") for path in files if path.suffix in suffixes}
 
 
 def test_the_top_level_holds_these_and_no_more():
     names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not ignored(path.name)}
-    assert names == set(TOP)
-    for name in ("models", "runs", ".venv"):
-        assert ignored(name)
+    assert names == {*SCRIPTS, "common.py", "README.md", "requirements.txt", *FOLDERS}
+    assert all(map(ignored, ("models", "runs", ".venv")))
 
 
 def test_stages_are_plain_files_of_a_light_kit():
-    lines = {name: len((ROOT / name).read_text().splitlines()) for name in ["common.py", *STAGES]}
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in ["common.py", *SCRIPTS]}
     assert min(lines.values()) > 40, lines
     assert sum(lines.values()) <= 3900, lines  # 4,324 before the light kit; its aim is 2,400
 
 
 def test_stages_never_import_each_other_or_the_evaluation():
-    for path in [ROOT / name for name in STAGES]:
-        found = imports(path)
-        assert "common" in found
-        assert not [m for m in found if re.match(r"\d\d_|eval\b|shared$", m)], path.name
-    assert not [m for m in imports(ROOT / "common.py") if re.match(r"\d\d_|eval\b|shared$", m)]
+    for name in ["common.py", *SCRIPTS]:
+        found = imports(ROOT / name)
+        assert name == "common.py" or "common" in found
+        assert not [m for m in found if re.match(r"\d\d_|eval\b|shared$", m)], name
 
 
 def is_module(name: str) -> bool:
@@ -101,43 +96,31 @@ def test_only_public_modules_of_libraries_are_imported():
     assert checked > 5
 
 
-def requirement_names() -> dict[str, str]:
-    """package, in lower case -> its pin"""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    rows = [re.fullmatch(r"([A-Za-z0-9_.-]+)(==|~=)([0-9][0-9.]*)", line) for line in lines]
-    assert all(rows[i] for i, line in enumerate(lines) if line and not line.startswith("#")), "a line without a pin"
-    return {row[1].lower().replace("_", "-"): row[2] + row[3] for row in rows if row}
-
-
 def test_what_is_imported_is_pinned_and_what_is_pinned_is_used():
-    pinned = requirement_names()
-    assert pinned["torch"] == "==2.13.0"
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    rows = [re.fullmatch(r"([A-Za-z0-9_.-]+)(==|~=)([0-9][0-9.]*)", line) for line in lines]
+    assert all(rows), "a line without a pin"
+    assert "torch==2.13.0" in lines
+    pinned, used = {row[1].lower().replace("_", "-") for row in rows}, set()
     ours = {path.stem for path in sources("eval", "tests", "bench", "recipes")}
     distributions = importlib.metadata.packages_distributions()
-    used = set()
     for path in sources("eval", "tests", "bench", "recipes"):
-        for module in imports(path):
-            package = module.split(".")[0]
-            if package in ours or package in sys.stdlib_module_names or package == "":
-                continue
+        for package in {module.split(".")[0] for module in imports(path)} - ours - {"", *sys.stdlib_module_names}:
             names = {name.lower().replace("_", "-") for name in distributions.get(package, [package])}
-            assert not names or names & set(pinned), f"{path.name} imports {package}"
+            assert not names or names & pinned, f"{path.name} imports {package}"
             used |= names
     # called by name, not imported: the formatter, the tests, the reader of the small model's file
-    everything = "\n".join(texts().values())
-    for name in set(pinned) - used:
-        assert name in ("ruff", "gguf", "pytest", "pytest-xdist") and name in everything, (
-            f"{name} is pinned and not used"
-        )
-    assert len(used) > 10
+    everything, by_name = "\n".join(texts().values()), {"ruff", "gguf", "pytest", "pytest-xdist"}
+    unused = [name for name in pinned - used if name not in by_name or name not in everything]
+    assert not unused and len(used) > 10
 
 
-@pytest.mark.parametrize("stage", ["04_denoise", "05_pairs"])
-def test_denoising_and_pairing_need_no_torch(stage):
-    code = f"import importlib, sys; importlib.import_module({stage!r})\n"
-    code += "print([m for m in ('torch', 'transformers', 'accelerate', 'datasets') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+def test_denoising_and_pairing_need_no_torch():
+    code = """import importlib, sys
+for stage in ("04_denoise", "05_pairs"):
+    importlib.import_module(stage)
+print([m for m in ("torch", "transformers", "accelerate", "datasets") if m in sys.modules])"""
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
 def test_texts_name_files_that_are_there_and_no_host_or_machine():
