@@ -13,7 +13,7 @@ import pytest
 import soup
 from conftest import PROBES, ROOT, write_rows
 from forked import Launch
-from test_recipes import HARMLESS, LLAMA, MISTRAL, arguments_of, bash, calls  # noqa: F401
+from test_recipes import LLAMA, MISTRAL, arguments_of, bash, calls, check_paper_s, pretend_sampled  # noqa: F401
 
 import common
 
@@ -45,29 +45,18 @@ def options(calls, tmp_path):  # noqa: F811
     (tmp_path / "train.sh").write_text(f'. {ROOT}/recipes/systems.sh\ndata "$1"\nSEED=1\ntrain "$2"\n')
 
     def find(name: str, data: str = "saferlhf", **settings) -> tuple:
-        done, made = calls(tmp_path / "train.sh", data, name, env={"JUDGE": "--judge_model j", "OUT": "o"} | settings)
-        assert done.returncode == 0, done.stderr
+        env = {"JUDGE": "--judge_model j", "OUT": "o"} | settings
+        _, made = calls(tmp_path / "train.sh", data, name, **env)
         return made, [pair for pair in arguments_of(made) if "Vanilla" not in pair[1].run_dir]
 
     return find
 
 
 def test_spa_has_the_paper_s_settings(options):
-    _, found = options("SPA")
-    assert [stage[:2] for stage, _ in found] == ["01", "02", "03", "04", "05", "06"]
-    sample, score, refine, denoise, pairs, train = (args for _, args in found)
-    assert (sample.model, sample.prompts, sample.num_prompts, sample.seed) == (LLAMA, "saferlhf", 300, 1)
-    assert (sample.n, sample.temperature, sample.max_new_tokens, sample.system_prob) == (5, 1, 2048, 0)
+    sample, score, *_, train = check_paper_s(options("SPA")[1], LLAMA, "saferlhf")
     assert sample.exclude == ["o/Vanilla_saferlhf_validation"], "what is chosen on is never trained on"
-    assert (score.objectives, score.score_mode, score.judge_check) == (HARMLESS, "json", True)
-    assert (refine.template, refine.attempts, refine.max_new_tokens) == ("paper", 1, 2048)
-    assert (denoise.rho, denoise.consistency, denoise.informativeness) == (30, "strict", True)
-    assert (pairs.delta, pairs.rule, pairs.input) == (2, "lex", None)
-    assert (train.loss, train.alpha, train.beta, train.gamma_beta_ratio) == ("spa", 1, 2.5, 0.55)
-    assert (train.learning_rate, train.epochs, train.batch_size, train.seed) == (1e-6, 1, 16, 1)
-    sample, *_, train = (args for _, args in options("SPA", "honeset", MODEL=MISTRAL, ALPHA=3)[1])
-    assert (sample.num_prompts, sample.system_prob, sample.prompts) == (400, 0.5, "honeset:HoneSet.json")
-    assert (train.gamma_beta_ratio, train.alpha) == (0.1, 3)
+    assert score.judge_check and sample.seed == train.seed == 1
+    check_paper_s(options("SPA", "honeset", MODEL=MISTRAL, ALPHA=3)[1], MISTRAL, "honeset", alpha=3)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +114,9 @@ def test_a_round_without_prompts_is_a_warning(tmp_path, words):
     lines += ["data saferlhf", "evaluate Iter2_diff", "evaluate Iter3_diff", "echo after"]
     (tmp_path / "rounds.sh").write_text("\n".join(["set -euo pipefail", *lines]))
     env = {"JUDGE": "--judge_model j", "OUT": "o", "GENERATE": "python", "TRAIN": "python"}
-    done = bash(tmp_path / "rounds.sh", env=env)
-    assert (done.returncode, done.stdout) == (0, "after\n"), done.stderr
+    done = bash(tmp_path / "rounds.sh", **env)
     told = "warning: Iter{}_diff, seed 0: nothing is left to train on, so the table lacks it\n"
-    assert done.stderr == told.format(2) + told.format(3)
+    assert (done.stdout, done.stderr) == ("after\n", told.format(2) + told.format(3))
 
 
 def test_a_soup_is_of_two_specialists(options):
@@ -142,40 +130,31 @@ def test_a_soup_is_of_two_specialists(options):
 
 def test_settings_that_are_missing_or_wrong(calls):  # noqa: F811
     for env, words in (({}, "JUDGE is not set: who scores"), ({"SCALE": "big"}, "paper, gpu or small is wanted")):
-        done, made = calls(ROOT / "recipes" / "table1.sh", env=env)
-        assert (done.returncode, made) == (2, []) and words in done.stderr and done.stderr.count("\n") == 1
+        done, made = calls("table1.sh", code=2, **env)
+        assert made == [] and words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_mmlu_of_another_rate_is_of_another_model(calls, tmp_path):  # noqa: F811
     for rate in ("1e-6", "1e-5"):
-        env = {"JUDGE": "--judge_model j", "OUT": tmp_path, "TRAINED_ON": "saferlhf", "RATE": rate}
-        done, made = calls(ROOT / "recipes" / "table2.sh", env=env)
-        assert done.returncode == 0, done.stderr
+        _, made = calls("table2.sh", JUDGE="--judge_model j", OUT=tmp_path, TRAINED_ON="saferlhf", RATE=rate)
         found = [Path(call[-1]).name for call in made if call[1:3] == ["-m", "lm_eval"]]
         assert found == ["Vanilla", f"SPA_saferlhf_n5_rho30_d2_a1_r{rate}-0"]
         assert [word.rpartition("/")[2] for word in made[-1] if "lm_eval/" in word] == found
 
 
 def test_figure4_names_its_judge_s_server(calls, tmp_path):  # noqa: F811
-    for folder in ("Vanilla_saferlhf_test", "saferlhf/lex_n5_rho30_d2-0/answers_SPA_a1_r1e-6_saferlhf_test"):
-        write_rows(tmp_path / folder / "01_samples.jsonl", [{}])
-        (tmp_path / folder / "01_args.json").write_text("{}")
+    folder = tmp_path / "saferlhf/lex_n5_rho30_d2-0/answers_SPA_a1_r1e-6_saferlhf_test"
+    pretend_sampled(tmp_path / "Vanilla_saferlhf_test", folder)
     env = {"JUDGE": "--judge_model j --judge_endpoint http://x", "OUT": tmp_path, "DATASETS": "saferlhf"}
-    done, made = calls(ROOT / "recipes" / "figure4.sh", env=env)
-    assert done.returncode == 0, done.stderr
-    args = common.parse_args(pairwise.Args, made[-1][2:])
+    args = common.parse_args(pairwise.Args, calls("figure4.sh", **env)[1][-1][2:])
     assert (args.judge_endpoint, args.score_mode) == ("http://x", None), "a key goes to a server that is named alone"
     assert [run.partition("=")[0] for run in args.runs] == ["saferlhf:Vanilla", "saferlhf:SPA"]
 
 
 @pytest.mark.parametrize(("given", "mode"), [({}, "expected"), ({"JUDGING": "--score_mode json"}, "json")])
 def test_figure3_compares_no_judge_with_itself(calls, tmp_path, given, mode):  # noqa: F811
-    folder = tmp_path / "high_stakes" / "figure3_n3-0"
-    write_rows(folder / "01_samples.jsonl", [{}])
-    (folder / "01_args.json").write_text("{}")
-    env = {"SCALE": "small", "MODEL": "m", "OUT": tmp_path} | given
-    done, made = calls(ROOT / "recipes" / "figure3.sh", env=env)
-    assert done.returncode == 0, done.stderr
+    pretend_sampled(tmp_path / "high_stakes/figure3_n3-0")
+    _, made = calls("figure3.sh", SCALE="small", MODEL="m", OUT=tmp_path, **given)
     scored = [(args.judge_model, args.score_mode) for stage, args in arguments_of(made) if stage == "02_score"]
     assert scored == [(None, "choice"), ("m", mode)]
 
@@ -205,9 +184,7 @@ def recipe(tiny, tmp_path_factory):
 
     def execute(name: str, **settings) -> str:
         execute.started = []
-        done = bash(ROOT / "recipes" / f"{name}.sh", env=env | settings, timeout=3000)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        return done.stdout
+        return bash(f"{name}.sh", timeout=3000, **env | settings).stdout
 
     execute.out = folder / "out"
     yield execute
