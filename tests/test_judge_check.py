@@ -1,6 +1,5 @@
 """The judge check: the probes, what is counted, the fourth score mode, and what an unfit judge may not do."""
 
-import importlib
 import json
 import subprocess
 import types
@@ -8,6 +7,7 @@ import types
 import judge_check
 import pytest
 import torch
+import weak_judge
 from conftest import PROBES, ROOT, read_rows, refused, write_rows
 from eval_helpers import refuse, succeed, write_record
 
@@ -114,21 +114,16 @@ def test_counts_ties_unread_and_blind_spots():
     assert "nobody has checked" in common.judge_verdict({"02": {}}, ["Harmlessness"])[1]
 
 
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ({"better": ""}, "line 2: a probe has"),
-        ({"prompt": 3}, "line 2"),
-        ({"id": "harm0"}, "line 2: id harm0 is there twice"),
-        ("[", "line 2"),
-    ],
-)
-def test_a_row_that_is_no_probe_is_named(tmp_path, row, words):
+BAD_ROWS = {"[": "", '{"better": ""}': "a probe has", '{"prompt": 3}': "", '{"id": "harm0"}': "id harm0 is there twice"}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_row_that_is_no_probe_is_named(tmp_path, row):
     first = read_rows(PROBES)[0]
     path = write_rows(tmp_path / "probes.jsonl", [first])
     with open(path, "a") as file:
-        file.write(row if isinstance(row, str) else json.dumps(first | {"id": "other"} | row))
-    with refused(words):
+        file.write(row if row == "[" else json.dumps(first | {"id": "other"} | json.loads(row)))
+    with refused(f"line 2: {BAD_ROWS[row]}".strip(": ")):
         common.read_probes(path, OBJECTIVES)
 
 
@@ -305,8 +300,7 @@ def test_another_judge_prompt_from_a_file(call, tmp_path, tiny):
 
 
 def test_few_shot_examples_are_of_the_train_split():
-    recipe = importlib.import_module("weak_judge")
-    text = recipe.few_shot_template(["harmlessness", "helpfulness"])
+    text = weak_judge.few_shot_template(["harmlessness", "helpfulness"])
     shown = [p for p in ALL_PROBES if any(p[side] in text for side in ("better", "worse"))]
     assert len(shown) == 4 and {p["split"] for p in shown} == {"train"}
     filled = common.judge_prompt(OBJECTIVES, "PROMPT", "RESPONSE", True, text)
@@ -314,21 +308,20 @@ def test_few_shot_examples_are_of_the_train_split():
 
 
 def test_only_answers_that_are_not_read_let_the_ways_of_asking_go_on(tmp_path, monkeypatch):
-    recipe = importlib.import_module("weak_judge")
-    args = recipe.Args(ways=["json"], output_dir=str(tmp_path))
+    args = weak_judge.Args(ways=["json"], output_dir=str(tmp_path))
     said = ["--model mdels/small: no such folder"]
 
     def ended(*_, **__):
         return subprocess.CompletedProcess([], 2, stderr=f"warning: x\njudge_check.py: error: {said[0]}\n")
 
-    monkeypatch.setattr(recipe.subprocess, "run", ended)
+    monkeypatch.setattr(weak_judge.subprocess, "run", ended)
     with refused(said[0]) as error:
-        recipe.main(args)
+        weak_judge.main(args)
     assert str(error.value) == said[0] and not (tmp_path / "weak_judge.md").exists()
     with pytest.raises(common.UserError) as unread:
         common.check_readable([None] * common.GIVE_UP_AFTER, {True: 0, False: 0}, types.SimpleNamespace(title="m"))
     said[0] = str(unread.value)
-    recipe.main(args)
+    weak_judge.main(args)
     assert "| json | not readable |" in (tmp_path / "weak_judge.md").read_text()
     with refused("--objectives: data/judge_probes.jsonl has no examples of 'harmlesness'"):
-        recipe.few_shot_template(["harmlesness", "helpfulness"])
+        weak_judge.few_shot_template(["harmlesness", "helpfulness"])
