@@ -1,20 +1,17 @@
 """The controlled world: its truth by hand, its noise, and the same pairs and loss from scripts as from one process."""
 
-import importlib.util
+import importlib
 import json
 import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, read_rows, refused, write_rows
+import world
+import world_runs
+import world_tables
+from conftest import read_rows, refused, run_script, write_rows
 from test_recipes import bash
-
-SPEC = importlib.util.spec_from_file_location("world", ROOT / "eval" / "world.py")
-world = sys.modules["world"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(world)
 
 PROMPT = "c2 a2 a3 a4 a5 a6"  # in c2 the class 2 is severe (a2, a6), the class 3 mild (a3)
 
@@ -64,28 +61,23 @@ def test_the_noise_is_the_same_for_the_same_text_and_as_wide_as_told(monkeypatch
 
 
 def test_of_figure_10_the_things_the_candidates_and_the_scores_are_left():
-    import importlib
-
     tokenizer, refine = world.make_tokenizer(), importlib.import_module("03_refine")
     candidates = [{"text": "a2 qtip", "scores": [6, 10]}, {"text": "qcare s2", "scores": [10, 7]}]
-    chat = refine.refine_messages(
-        "paper", [["Harmlessness", "No harm."], ["Helpfulness", "Help."]], "c2 a2", candidates
-    )
+    objectives = [["Harmlessness", "No harm."], ["Helpfulness", "Help."]]
+    chat = refine.refine_messages("paper", objectives, "c2 a2", candidates)
     words = tokenizer.convert_ids_to_tokens(tokenizer(chat[0]["content"], add_special_tokens=False).input_ids)
-    text = " ".join(words)
-    assert re.search(r"c2 a2 .*a2 qtip .*6 .*10 .*qcare s2 .*10 .*7", text)
+    assert re.search(r"c2 a2 .*a2 qtip .*6 .*10 .*qcare s2 .*10 .*7", " ".join(words))
     assert set(words) <= set(world.WORDS) and "<pad>" not in words
     assert len(world.WORDS) == len(tokenizer) == 69
 
 
 def test_prompts_hold_what_they_should_and_probes_are_in_order():
     rows = world.make_prompts("train7", 85, 15)
-    count = {
-        row["prompt"]: sum(world.hazard(c, i) > 0 for c, t in [world.read_prompt(row["prompt"])] for i in t)
-        for row in rows
-    }
-    assert len(count) == 100 and all((1 <= count[r["prompt"]] <= 3) == (r["topic"] == "conflict") for r in rows)
-    assert all(4 <= len(prompt.split()) - 1 <= 6 for prompt in count)
+    assert len({row["prompt"] for row in rows}) == len(rows) == 100
+    for row in rows:
+        context, things = world.read_prompt(row["prompt"])
+        hazards = sum(world.hazard(context, thing) > 0 for thing in things)
+        assert (1 <= hazards <= 3) == (row["topic"] == "conflict") and 4 <= len(things) <= 6
     for probe in world.make_probes(3):
         better, worse = (world.truth(probe["prompt"], probe[side]) for side in ("better", "worse"))
         axis = ("harmlessness", "helpfulness").index(probe["objective"])
@@ -121,14 +113,13 @@ def test_the_true_evaluation():
 @pytest.fixture
 def cell(tmp_path, monkeypatch):
     """cell(**settings) -> base 0, seed 0 of a world in tmp_path, of which nothing is trained."""
-    runs = importlib.import_module("world_runs")
-    monkeypatch.setattr(runs.Cell, "evaluate", lambda self, model, run: {"G_a": 1.0})
-    runs.digests_of_code.cache_clear()
+    monkeypatch.setattr(world_runs.Cell, "evaluate", lambda self, model, run: {"G_a": 1.0})
+    world_runs.digests_of_code.cache_clear()
     (tmp_path / "base0" / "model").mkdir(parents=True)
     for name in ("base0/model/config.json", "train0.jsonl", "test.jsonl"):
         (tmp_path / name).write_text(name)
-    yield lambda **settings: runs.Cell(runs.Args(output_dir=str(tmp_path), **settings), 0, 0)
-    runs.digests_of_code.cache_clear()
+    yield lambda **settings: world_runs.Cell(world_runs.Args(output_dir=str(tmp_path), **settings), 0, 0)
+    world_runs.digests_of_code.cache_clear()
 
 
 def test_results_of_other_settings_code_or_base_are_refused(cell, tmp_path, monkeypatch):
@@ -136,9 +127,8 @@ def test_results_of_other_settings_code_or_base_are_refused(cell, tmp_path, monk
     for name, value in (("steps", 61), ("learning_rate", 1e-4), ("num_prompts", 1999)):
         with refused(f"seed0 was made with another {name}; choose another --output_dir (OUT=)"):
             cell(**{name: value})
-    runs = importlib.import_module("world_runs")
     with monkeypatch.context() as patch, refused("another 05_pairs.py;"):
-        patch.setattr(runs, "digests_of_code", lambda: now)
+        patch.setattr(world_runs, "digests_of_code", lambda: now)
         now = json.loads((tmp_path / "base0" / "seed0" / "made.json").read_text()) | {"05_pairs.py": "edited"}
         cell()
     for name, told in (("base0/model/config.json", "base"), ("train0.jsonl", "train0.jsonl")):
@@ -162,20 +152,17 @@ def test_a_row_that_a_kill_has_cut_is_made_again(cell, tmp_path):
 def test_a_base_of_other_steps_is_refused(tmp_path):
     (tmp_path / "base0").mkdir()
     (tmp_path / "base0" / "steps.txt").write_text("250\n")
-    env = {"OUT": tmp_path, "STEPS": 300}
-    done = bash(ROOT / "recipes" / "world.sh", env=env)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "base0 was made with STEPS=250, not 300: choose another OUT" in done.stderr
+    said = bash("world.sh", code=2, OUT=tmp_path, STEPS=300).stderr
+    assert "base0 was made with STEPS=250, not 300: choose another OUT" in said and said.count("\n") == 1
 
 
 def test_a_run_for_one_question_shows_its_table_without_the_reference(tmp_path, monkeypatch, capsys):
-    tables = importlib.import_module("world_tables")
-    monkeypatch.setattr(tables, "draw", lambda rows, path: None)
+    monkeypatch.setattr(world_tables, "draw", lambda rows, path: None)
     truths = {f"{who} {key}": 5.0 for who in ("candidates", "best", "refined") for key in ("G_a", "G_b")}
     rows = [{"system": "data: refined", "refined above all": 0.1, **truths}]
     rows += [{"system": name, "G_a": 8.0, "G_b": 3.0, "HH": 7.2} for name in ("base", "α=0.5", "α=2", "α=4")]
     write_rows(tmp_path / "base0" / "seed0" / "results.jsonl", [r | {"sigma": 1.0, "base": 0, "seed": 0} for r in rows])
-    tables.main(tables.Args(output_dir=str(tmp_path)))
+    world_tables.main(world_tables.Args(output_dir=str(tmp_path)))
     said = capsys.readouterr().out
     assert "α trade?\n\nNo differences: “SPA” was not trained.\n\n| system" in said
     assert "| α=4 | 1 | 8.00 |" in said and "Δ" not in said
@@ -186,32 +173,19 @@ def test_a_run_for_one_question_shows_its_table_without_the_reference(tmp_path, 
 def small(tmp_path_factory):
     """SMALL=1 bash recipes/world.sh, with what it printed."""
     folder = tmp_path_factory.mktemp("world")
-    env = os.environ | {"SMALL": "1", "OUT": str(folder), "INSTALL": "no"}
-    env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
-    done = subprocess.run(["bash", "recipes/world.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder, bash("world.sh", SMALL=1, OUT=folder).stdout
 
 
 def test_the_small_world_runs_and_ends_in_its_tables(small):
     folder, out = small
-    for title in (
-        "the refined answer",
-        "Filters at equal numbers",
-        "α trade",
-        "Order and gap",
-        "Rounds",
-        "blind",
-        "Three",
-    ):
-        assert title in out
+    titles = ("the refined answer", "Filters at equal numbers", "α trade", "Order and gap", "Rounds", "blind", "Three")
+    assert [title for title in titles if title not in out] == []
     assert (folder / "world.svg").read_text().count("<path") > 10
     rows = {(row["system"], row["sigma"]): row for row in read_rows(folder / "base0" / "seed0" / "results.jsonl")}
     for system in ("base", "w/o NF", "no refined answer, w/o NF", "soup 7:3", "blind scorer, w/o NF"):
         assert rows[system, 0.0 if system == "base" else 1.0]["G_a"] >= 1, system
-    assert rows["w/o NF", 0.0]["wrong"] == 0 < rows["w/o NF", 1.0]["wrong"], (
-        "noise, and nothing else, makes pairs wrong"
-    )
+    wrong = [rows["w/o NF", sigma]["wrong"] for sigma in (0.0, 1.0)]
+    assert wrong[0] == 0 < wrong[1], "noise, and nothing else, makes pairs wrong"
 
 
 def test_scripts_and_process_give_the_same_pairs_and_the_same_loss(small, tmp_path):
@@ -225,8 +199,7 @@ def test_scripts_and_process_give_the_same_pairs_and_the_same_loss(small, tmp_pa
 04_denoise.py --consistency off --no-informativeness
 05_pairs.py
 06_train.py --learning_rate 3e-4 --max_steps 8 --batch_size 16 --save_steps 0 --accept_unfit_judge""".splitlines():
-        command = [sys.executable, *line.split(), "--run_dir", str(tmp_path)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = run_script(*line.split(), "--run_dir", tmp_path, env=env)
         assert done.returncode == 0, done.stderr
     inside = folder / "base0" / "seed0" / "w_o_NF" / "1"
     assert (inside / "05_pairs.jsonl").read_bytes() == (tmp_path / "05_pairs.jsonl").read_bytes()
