@@ -49,6 +49,9 @@ def test_the_others_run_one_after_the_other(tiny, tmp_path):
     rows = [scored_row("p0", [(3, 4), (5, 5), (6, 8)], (9, 9)), scored_row("p1", [(2, 4), (5, 4), (6, 3)], (9, 9))]
     write_rows(tmp_path / "runs" / "a" / "04_denoised.jsonl", rows)
     (tmp_path / "my.csv").write_text("question\nWhat is it?\nIs that safe?\n")
+    # of 06 the run's samples would name the model; without --output_dir a table would go into the kit's own runs/
+    more = {"06_train.py": ("--model", tiny("long")), "eval/judge_check.py": ("--probes", PROBES)}
+    more["eval/judge_table.py"] = ("--output_dir", tmp_path)
     others = [line for line in COMMANDS if line not in GPU and line not in RECIPES]
     ran, commands = [], ["python 05_pairs.py --run_dir runs/a", *others]
     with ChatServer(models=[{"id": "ORG/NAME", "max_model_len": 4096}]) as server:
@@ -61,11 +64,7 @@ def test_the_others_run_one_after_the_other(tiny, tmp_path):
             line = re.sub(r"(?<![\w/])(runs/|my\.csv)", rf"{tmp_path}/\1", line)
             if script.startswith("01") and "--max_new_tokens" not in line:
                 line += " --max_new_tokens 8 --num_prompts 2"
-            if script.startswith("06"):  # the run's samples would name the model
-                line += f" --model {tiny('long')}"
-            if script == "eval/judge_check.py":
-                line += f" --probes {PROBES}"
-            done = run_script(script, *shlex.split(line))
+            done = run_script(script, *shlex.split(line), *more.get(script, ()))
             assert done.returncode == 0, f"{command}\n{done.stderr}"
             if "runs/before" in command and script.startswith("02"):
                 shutil.copytree(tmp_path / "runs" / "before", tmp_path / "runs" / "after")
