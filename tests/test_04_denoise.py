@@ -35,6 +35,19 @@ def judge(row, **options):
 # ------------------------------------------------------------------------------------ det Σ
 
 
+def test_det_by_hand():
+    det = denoise.det_covariance  # SPEC.md's fixtures
+    assert det(ABC) == 1 / 27
+    assert det(ABC, ddof=1) == 1 / 12
+    assert det([*ABC, [9, 9]]) == 3.0625
+    assert det([*ABC, [9, 9]], ddof=1) == float(Fraction(49, 9)) == pytest.approx(5.4444, abs=1e-4)
+    # Three objectives, every axis 1, 1, 1, 2 in some order: variances 3/16, covariances (6 − 25/4) / 4 = −1/16, and
+    # det [[3, −1, −1], [−1, 3, −1], [−1, −1, 3]] = 16, so det Σ = 16 / 16³.
+    scores = [[1, 1, 1], [2, 1, 1], [1, 2, 1], [1, 1, 2]]
+    assert det(scores) == 1 / 256 and det(scores, ddof=1) == 1 / 108
+    assert det(scores[:3]) == 0, "three points lie in a plane"
+
+
 def leibniz(scores, ddof):
     """det Σ as the sum over permutations, in fractions."""
     points = [[Fraction(str(value)) for value in vector] for vector in scores]

@@ -15,6 +15,7 @@ import common
 pairs = importlib.import_module("05_pairs")
 
 FIXTURE = scored_row("f", [[7, 6], [8, 5], [6, 8]], [9, 9])
+GRID = [[a, b] for a in range(1, 11) for b in range(1, 11)]
 
 
 def build(row, **options):
@@ -39,6 +40,26 @@ def test_pairs_of_the_fixture(delta, gaps):
         "margin": 5,
         "gap": 5,
     }
+
+
+def test_margin_and_gap_differ_on_the_grid():
+    lex = [(y, z) for y in GRID for z in GRID if pairs.is_preferred(y, z, "lex")]
+    found = [pairs.margin_and_gap(y, z, "total") for y, z in lex]
+    wide = [(gap, sum(y) - sum(z)) for (margin, gap), (y, z) in zip(found, lex, strict=True) if margin >= 2]
+    assert len(wide) == 4770
+    assert sum(gap == 0 for gap, _ in wide) == 285
+    assert sum(total < 0 for _, total in wide) == 870
+
+
+def test_large_lambda_orders_lexicographically():
+    """Appendix E: on integer scores 1 to 10 the bound is λ > 20; 9.0 still ties."""
+
+    def agrees(weight):
+        return all(
+            pairs.is_preferred(y, z, "lex") == (weight * y[0] + y[1] > weight * z[0] + z[1]) for y in GRID for z in GRID
+        )
+
+    assert agrees(20.5) and not agrees(9.0)
 
 
 def test_lexicographic_order_of_three():

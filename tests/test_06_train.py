@@ -34,6 +34,19 @@ def test_weights_and_losses_by_hand():
     assert far.item() == pytest.approx(1800.5), "no overflow"
 
 
+def test_signs_and_gradients_of_the_losses():
+    chosen = torch.tensor([-1.0, -2.0], requires_grad=True)
+    rejected = torch.tensor([-1.5, -0.5], requires_grad=True)
+    weights = torch.tensor([1.0, 0.0])
+    train.spa_loss(chosen, rejected, weights, 2.0, 0.5).sum().backward()
+    assert chosen.grad[0] < 0 < rejected.grad[0], "descent raises the chosen and lowers the rejected"
+    assert chosen.grad[1] == rejected.grad[1] == 0, "a pair with gap 0 teaches nothing"
+    # d/dc of −w log σ(β(c − r) − γ) = −w β σ(−(β(c − r) − γ)), by hand
+    assert chosen.grad[0].item() == pytest.approx(-2.0 / (1 + math.exp(2.0 * 0.5 - 0.5)), abs=1e-6)
+    dpo = train.dpo_loss(*(torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.0)), beta=0.1)
+    assert dpo.item() == pytest.approx(math.log1p(math.exp(-0.2)), abs=1e-6)
+
+
 # -------------------------------------------------------------------------------- rows and their tokens
 
 
