@@ -697,7 +697,7 @@ def read_tokens(model, cache, mask, ids):
     options = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :], "logits_to_keep": 1}
     takes = inspect.signature(model.forward).parameters  # what is not named there would be swallowed in silence
     options = {name: value for name, value in options.items() if name in takes}
-    name = next((name for name in ("cache", "past_key_values") if name in takes), None)  # newer and older transformers
+    name = next((name for name in ("cache", "past_key_values", "cache_params") if name in takes), None)  # by release
     check(name, f"{type(model).__name__} takes no cache of keys and values in this transformers")
     # a padded row is read right where positions are given, come from the mask, or there are none; V4 joins it by fours
     pattern = "(?!deepseek_v4).*" if "position_ids" in takes else "bloom|mpt|.*mamba2?|xlstm"
