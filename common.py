@@ -708,7 +708,7 @@ def read_tokens(model, cache, mask, ids):
     options |= {name: cache, "use_cache": cache is not None}
     try:
         output = model(input_ids=ids, attention_mask=mask, **options)
-    except ValueError as error:  # MiniMax wants a cache of its own
+    except (AttributeError, ValueError) as error:  # xLSTM and MiniMax want a cache of their own
         raise UserError(f"{type(model).__name__} can't be read with a cache: {first_line(error)}") from None
     kept = cache is None or getattr(output, name, None) is cache  # else it would read without what came before
     check(kept, f"{type(model).__name__} does not keep its cache of keys and values in this transformers")

@@ -628,6 +628,7 @@ DECODER = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "de
         ("trocr", PLACES, DECODER),
         ("deepseek_v4", PLACES, {"n_routed_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),
         ("minimax", "MiniMaxForCausalLM can't be read with a cache", {"num_local_experts": 2, "head_dim": 8}),
+        ("xlstm", "xLSTMForCausalLM can't be read with a cache", {"num_blocks": 2}),
     ],
 )
 def test_models_that_count_padding_as_places_are_refused(kind, words, sizes):
