@@ -102,8 +102,7 @@ def margin_table(thousandths: Counter) -> str:
 def main(args: Args) -> None:
     common.check_at_least(args, 0, "delta")
     weighted = args.rule == "weighted" or args.gap == "composite"
-    both = "--rule weighted (or --gap composite) and --weights go together: give both"
-    check((args.weights is None) != weighted, both)
+    check((args.weights is None) != weighted, "--weights go together with --rule weighted, or --gap composite")
     source, output = common.find_input(args, "04_denoised.jsonl"), Path(args.run_dir) / "05_pairs.jsonl"
     made = common.made_by(source)
 
