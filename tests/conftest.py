@@ -19,9 +19,11 @@ import torch
 from forked import Launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 import common
 
+logging.disable_progress_bar()  # of saving a tiny model, in the midst of what a stage says
 torch.set_num_threads(1)  # as in the forked processes: sums of other parts differ in the last digit
 
 ROOT = Path(__file__).resolve().parent.parent
