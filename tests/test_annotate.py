@@ -422,8 +422,12 @@ def test_import_studies_apart_and_storage(study, tmp_path, chromium):
     assert text(chromium, "count") == "0 of 12 answered", "another study in the same browser"
     chromium.press("1")
     study(None, "--seed", 5, "--overwrite")
-    chromium.open(page)
-    assert text(chromium, "count") == "2 of 12 answered"
+
+    def opened() -> bool:
+        chromium.open(page)
+        return text(chromium, "count") == "2 of 12 answered"
+
+    wait(opened)  # on a busy machine what the closed tab has stored comes late
     for answer, count in (("dismiss", 2), ("accept", 0)):
         chromium.driver.find_element("id", "restart").click()
         alert(chromium, answer)
