@@ -225,11 +225,13 @@ def has_blind(prompt: str) -> bool:
 
 
 def pair_truth(path: Path) -> dict:
-    """Numbers of pairs, and the shares whose true order is wrong: lexicographically, and by the primary alone."""
+    """Numbers of pairs, and the shares whose true order, WORLD_ORDER's, is wrong; and that of the primary alone."""
     wrong = wrong_primary = count = 0
+    order = ["abc".index(letter) for letter in os.environ.get("WORLD_ORDER", "ab")]
     for pair in read_lines(path):
         prompt = common.plain_text(pair["prompt"])
-        chosen, rejected = (world.truth(prompt, pair[side][-1]["content"])[:2] for side in ("chosen", "rejected"))
+        truths = [world.truth(prompt, pair[side][-1]["content"]) for side in ("chosen", "rejected")]
+        chosen, rejected = ([truth[i] for i in order] for truth in truths)
         count, wrong, wrong_primary = count + 1, wrong + (chosen < rejected), wrong_primary + (chosen[0] < rejected[0])
     return {"pairs": count, "wrong": round(wrong / count, 4), "wrong primary": round(wrong_primary / count, 4)}
 

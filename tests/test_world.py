@@ -122,6 +122,15 @@ def cell(tmp_path, monkeypatch):
     world_runs.digests_of_code.cache_clear()
 
 
+def test_the_true_order_of_a_pair_is_that_of_its_objectives(tmp_path, monkeypatch):
+    answers = ["a4 a5", "a2 a3 a4 a5 a6", "a4 a5 s2 s3 s6"]  # (9, 4.2, 10), (2, 9, 8) and (9, 7.56, 8)
+    pairs = [{"prompt": PROMPT, "chosen": [{"content": answers[0]}], "rejected": [{"content": y}]} for y in answers[1:]]
+    for order, wrong in (("ab", 0.5), ("abc", 0.5), ("acb", 0)):
+        monkeypatch.setenv("WORLD_ORDER", order)
+        found = world_runs.pair_truth(write_rows(tmp_path / "pairs.jsonl", pairs))
+        assert found == {"pairs": 2, "wrong": wrong, "wrong primary": 0}, order
+
+
 def test_results_of_other_settings_code_or_base_are_refused(cell, tmp_path, monkeypatch):
     cell(), cell(processes=1, sigmas=[0.0], questions=["losses"])  # the same command goes on
     for name, value in (("steps", 61), ("learning_rate", 1e-4), ("num_prompts", 1999)):
