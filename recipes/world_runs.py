@@ -82,7 +82,7 @@ def run_stage(name: str, run_dir: Path, **options) -> None:
 @functools.cache
 def digests_of_code() -> dict[str, str]:
     """The files whose change makes other results; as they were imported, so main asks before the processes are made."""
-    files = [*(ROOT / f"{name}.py" for name in STAGES), ROOT / "common.py", ROOT / "eval" / "world.py"]
+    files = [*(ROOT / f"{name}.py" for name in STAGES), ROOT / "common.py", ROOT / "eval" / "world.py", Path(__file__)]
     return {file.name: common.digest(file) for file in files}
 
 

@@ -136,10 +136,12 @@ def test_results_of_other_settings_code_or_base_are_refused(cell, tmp_path, monk
     for name, value in (("steps", 61), ("learning_rate", 1e-4), ("num_prompts", 1999)):
         with refused(f"seed0 was made with another {name}; choose another --output_dir (OUT=)"):
             cell(**{name: value})
-    with monkeypatch.context() as patch, refused("another 05_pairs.py;"):
-        patch.setattr(world_runs, "digests_of_code", lambda: now)
-        now = json.loads((tmp_path / "base0" / "seed0" / "made.json").read_text()) | {"05_pairs.py": "edited"}
-        cell()
+    code = world_runs.digests_of_code()
+    for name in ("05_pairs.py", "world_runs.py"):  # the latter has the systems' own settings
+        with monkeypatch.context() as patch, refused(f"another {name};"):
+            edited = {own: "edited" if own == name else digest for own, digest in code.items()}
+            patch.setattr(world_runs, "digests_of_code", lambda edited=edited: edited)
+            cell()
     for name, told in (("base0/model/config.json", "base"), ("train0.jsonl", "train0.jsonl")):
         (tmp_path / name).write_text("another")
         with refused(f"another {told};"):
