@@ -21,7 +21,7 @@ if [ -n "${MTBENCH:-}" ]; then
 fi
 if [ "${MMLU:-yes}" != no ]; then
   for ONE in "${MODELS[@]}"; do
-    FOLDER=$RESULTS/lm_eval/${ONE%%=*}
+    FOLDER=$RESULTS/lm_eval${MMLU_OPTIONS// /_}/${ONE%%=*} # cut short is not all of it
     [ "${ONE%%=*}" = Vanilla ] || FOLDER=${FOLDER}_$TAG # another RATE is another model
     ANSWERS+=("${ONE%%=*}=$FOLDER")
     [ -e "$FOLDER" ] || python -m lm_eval run --model hf --model_args "pretrained=${ONE#*=},dtype=float32" --tasks mmlu \

@@ -142,6 +142,15 @@ def test_mmlu_of_another_rate_is_of_another_model(calls, tmp_path):  # noqa: F81
         assert [word.rpartition("/")[2] for word in made[-1] if "lm_eval/" in word] == found
 
 
+def test_mmlu_cut_short_is_not_taken_for_all_of_it(calls, tmp_path):  # noqa: F811
+    for options in ("--limit 5", ""):
+        env = {"JUDGE": "--judge_model j", "OUT": tmp_path, "TRAINED_ON": "saferlhf", "MMLU_OPTIONS": options}
+        asked = [call for call in calls("table2.sh", **env)[1] if call[1:3] == ["-m", "lm_eval"]]
+        assert len(asked) == 2 and all(("--limit" in call) == bool(options) for call in asked)
+        for call in asked:  # as lm_eval leaves it
+            Path(call[-1]).mkdir(parents=True)
+
+
 def test_figure4_names_its_judge_s_server(calls, tmp_path):  # noqa: F811
     folder = tmp_path / "saferlhf/lex_n5_rho30_d2-0/answers_SPA_a1_r1e-6_saferlhf_test"
     pretend_sampled(tmp_path / "Vanilla_saferlhf_test", folder)
