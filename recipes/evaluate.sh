@@ -11,9 +11,14 @@ RUN=${RUN:-runs/quickstart}
 BASE=${BASE:-$RUN/test_base}
 TRAINED=${TRAINED:-$RUN/test_trained}
 OUT=${OUT:-$RUN/eval}
+ASKED="choice harmlessness helpfulness" # without a record
 MODEL=${MODEL:-models/smollm2-135m} # the model before
-OBJECTIVES=${OBJECTIVES:-harmlessness helpfulness}
-SCORES=${SCORES:-choice} # how the run's responses were scored
+if [ -e "$RUN/02_args.json" ]; then # the judge is checked as it scored the run's responses
+  ASKED=$(python -c 'import json, sys; a = json.load(open(sys.argv[-1]))["args"]; print(a["score_mode"], *a["objectives"])' \
+    "$RUN/02_args.json")
+fi
+OBJECTIVES=${OBJECTIVES:-${ASKED#* }}
+SCORES=${SCORES:-${ASKED%% *}}
 JUDGE=${JUDGE:-} # another judge of the run's responses; without one, the same model reading integers
 SYSTEMS=("Vanilla=$BASE" "SPA=$TRAINED")
 SAME=(--output_dir "$OUT")

@@ -173,13 +173,15 @@ def test_the_quickstart_s_calls(calls):
 def test_the_evaluation_s_calls(calls, tmp_path):
     run = tmp_path / "my run"
     pretend_sampled(run)
+    write_rows(run / "02_args.json", [{"args": {"score_mode": "json", "objectives": HONEST}}])
     _, made = calls("evaluate.sh", RUN=run, MMLU=1, MTBENCH="questions")
-    assert arguments_of(made)[0][1].run_dir == f"{run}/eval/judged"
+    score = arguments_of(made)[0][1]
+    assert (score.run_dir, score.objectives) == (f"{run}/eval/judged", HONEST)
     scripts = [call for call in made if len(call) > 1 and call[1].startswith("eval/")]
     there = {path.name for path in (ROOT / "eval").glob("*.py")} - {"shared.py", "soup.py", "world.py"}
     assert {Path(call[1]).name for call in scripts} == there, "every script of eval/ runs"
     checked = [call[call.index("--score_mode") + 1] for call in scripts if call[1] == "eval/judge_check.py"]
-    assert checked == ["choice"] * 2, "as the run was scored"
+    assert checked == ["json"] * 2, "as the run was scored"
     models = [call[call.index("--model_args") + 1] for call in made if call[1:3] == ["-m", "lm_eval"]]
     assert models == [f"pretrained={name},dtype=float32" for name in ("models/smollm2-135m", f"{run}/06_model")]
     for call in scripts:
