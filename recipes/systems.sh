@@ -75,9 +75,8 @@ data() { # data NAME: the prompts of a set, how many are trained on, its objecti
     high_stakes | honesty) SOURCE=data/$1.jsonl ;;
     *) SOURCE=$1 ;; # a file of your own, with a column "split": train or test
   esac
-  case $1 in # appendix B: the alternative system prompt is for honesty alone
-    honeset | honesty) COUNT=$HONEST_PROMPTS GOALS=${OBJECTIVES:-honesty helpfulness} SYSTEM_PROB=0.5 ;;
-  esac
+  case $1 in honeset | honesty) COUNT=$HONEST_PROMPTS GOALS=${OBJECTIVES:-honesty helpfulness} ;; esac
+  case $GOALS in [Hh]onesty*) SYSTEM_PROB=0.5 ;; esac # appendix B: the alternative system prompt is for honesty alone
 }
 
 system() { # system NAME: what it passes to the stages. SFT, SPA_DPO, SPA_SimPO and SPA train on one set of pairs

@@ -13,7 +13,7 @@ import pytest
 import soup
 from conftest import PROBES, ROOT, write_rows
 from forked import Launch
-from test_recipes import LLAMA, MISTRAL, arguments_of, bash, calls, check_paper_s, pretend_sampled  # noqa: F401
+from test_recipes import HARMLESS, HONEST, LLAMA, MISTRAL, arguments_of, bash, calls, check_paper_s, pretend_sampled  # noqa: F401
 
 import common
 
@@ -57,6 +57,12 @@ def test_spa_has_the_paper_s_settings(options):
     assert sample.exclude == ["o/Vanilla_saferlhf_validation"], "what is chosen on is never trained on"
     assert score.judge_check and sample.seed == train.seed == 1
     check_paper_s(options("SPA", "honeset", MODEL=MISTRAL, ALPHA=3)[1], MISTRAL, "honeset", alpha=3)
+
+
+def test_the_honest_system_prompt_goes_with_honesty_and_not_with_a_set_s_name(options):
+    for data, goals, share in (("my.jsonl", HONEST, 0.5), ("honeset", HARMLESS, 0), ("my.jsonl", HARMLESS, 0)):
+        sample = options("SPA", data, OBJECTIVES=" ".join(goals))[1][0][1]
+        assert sample.system_prob == share, (data, goals)
 
 
 @pytest.mark.parametrize(
