@@ -107,7 +107,7 @@ system() { # system NAME: what it passes to the stages. SFT, SPA_DPO, SPA_SimPO 
       REFINE="--template recipes/prompts/self_criticism.txt"
       FILTER="--consistency weak --no-informativeness" RULE="--delta 0" ;;
     Iter*) # Figure 5: the whole pipeline again, from the model before, on the same prompts or on others (diff)
-      POOL=$FOLDER/pool_$1_$TAG PAIRS=$1
+      POOL=$FOLDER/pool_$1_$TAG PAIRS=$1_a${ALPHA}_r$RATE
       if [ "$ratio" = diff ]; then
         EXCLUDE+=("$FOLDER/pool_n$N-$SEED")
         for ((k = 2; k < ${1:4:1}; k++)); do EXCLUDE+=("$FOLDER/pool_Iter${k}_diff_$TAG"); done

@@ -108,6 +108,8 @@ def test_a_second_iteration_starts_from_the_trained_model(options):
         assert [args.model for args in samples] == [LLAMA, first]
         assert samples[1].exclude[1:] == kept_out and samples[1].seed == samples[0].seed
         assert found[-1][1].run_dir.startswith(f"o/saferlhf/Iter2_{kind}_"), "06 trains the model that has sampled"
+    pairs = {options("Iter2_same", ALPHA=alpha)[1][-2][1].run_dir for alpha in (1, 2)}
+    assert len(pairs) == 2, "another α is another model, whose samples make other pairs"
     samples = [args for stage, args in options("Iter3_diff")[1] if stage[:2] == "01"]
     assert len(samples) == 3 and samples[2].exclude[1:] == ["o/saferlhf/pool_n5-1", samples[1].run_dir]
 
