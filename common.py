@@ -1341,13 +1341,13 @@ class Server(Engine):
         except (AttributeError, TypeError, IndexError):
             raise ValueError(f"an answer that is none: {self.show(str(problem or answer))[:200]}") from None
         words = str(reason).lower()  # servers that stand before other models have words of their own
-        if re.search("filter|safety|block|prohibit|recit", words):
+        if re.search("filter|safety|block|prohibit|recit|sensitive|spii|guardrail", words):
             raise Refused(f"its content filter stopped the answer ({self.show(words)})")
-        if re.search("abort|error|cancel", words):
+        if re.search("abort|error|cancel|insufficient|timeout|interrupt", words):
             raise ValueError(f"an answer that was broken off ({self.show(words)})")
         counts = [getattr(usage, f"{kind}_tokens", None) or 0 for kind in ("prompt", "completion")]
         self.count(*counts)
-        return Completion(text, counts[1], bool(re.search("length|max_tokens", words))), entries or []
+        return Completion(text, counts[1], bool(re.search(r"length|max_\w*tokens|limit|exceed", words))), entries or []
 
     def run(self, requests: list) -> list:
         """The results of these coroutines; None for one that the server refuses."""

@@ -33,6 +33,7 @@ BODIES = {  # of answers that are none, with status 200
     "shapeless": b'{"choices": []}',
     "null": json.dumps(whole_answer(None, None)).encode(),
     "aborted": json.dumps(whole_answer("half an", "abort")).encode(),
+    "short": json.dumps(whole_answer("half an", "insufficient_system_resource")).encode(),  # DeepSeek
     "nested": b"[" * 100_000,
     "error": b'{"error": {"message": "upstream has \\u001b[31mfallen", "code": 502}}',
 }

@@ -296,6 +296,8 @@ def test_odd_answers():
         "spent": (whole_answer(None, "length"), ("", 3, True)),
         "filtered": (whole_answer("half an", "content_filter"), None),
         "unsafe": (whole_answer("half an", "SAFETY"), None),
+        "sensitive": (whole_answer("half an", "sensitive"), None),  # GLM
+        "full": (whole_answer("half an", "model_context_window_exceeded"), ("half an", 3, True)),  # GLM, Claude
         "cut": (whole_answer(" half an ", "length"), ("half an", 3, True)),
         "limited": (whole_answer("half an", "MAX_TOKENS"), ("half an", 3, True)),
         "lone": (json.dumps(whole_answer("a\ud800b")).encode(), ("a?b", 3, False)),
