@@ -1262,19 +1262,18 @@ class Server(Engine):
         (texts, blanks), more = form, {"logprobs": True, "top_logprobs": top} if top else {}
         longest = "".join([*texts, *(max(options, key=len) for options in blanks)])
         completion, entries = await self.ask(chat, 0, 2 * len(longest.encode()) + 16, **fields(*form), **more)
-        # the tokens as `read_blank` wants them; what vLLM's mask forbids has -9999
+        # the tokens as `read_blank` wants them; what a mask forbids has vLLM's -9999, or null
         spell = lambda token: bytes(token.bytes or token.token.encode("utf-8", "replace"))  # noqa: E731
         tokens = []
         for entry in entries if top else ():
-            listed = [other for other in reversed(entry.top_logprobs or []) if other.logprob > -1000]
+            listed = [t for t in reversed(entry.top_logprobs or []) if t.logprob is not None and t.logprob > -1000]
             tokens.append((spell(entry), {spell(one): one.logprob for one in [*listed, entry]}))
-        # the blanks in the text of the tokens, around which may be spaces or a token that ends it
+        # the blanks in the text of the tokens, around which may be thoughts, spaces or a token that ends it
         answer = completion.text.encode()
         text = b"".join(token for token, _ in tokens) if top else answer
-        pattern = re.sub(r"(?: |\\n)+", r"\\s*", form_regex(*form)).encode()  # a server may write its own spaces
-        match = answer in text and re.compile(pattern).fullmatch(
-            text, text.find(answer), text.find(answer) + len(answer)
-        )
+        pattern = re.sub(r"(?: |\\n)+|(?<=\{)|(?=\\\})", r"\\s*", form_regex(*form)).encode()  # its own spaces
+        start = text.rfind(answer)  # thoughts may name an option before
+        match = start >= 0 and re.compile(pattern).fullmatch(text, start, start + len(answer))
         if not match or (top and not any(len(others) > 1 for _, others in tokens)):
             raise Refused("its answer is not of the form asked for, so it is not read")
         chosen, choices = [[group.decode()] for group in match.groups()], []

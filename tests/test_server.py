@@ -439,6 +439,26 @@ def test_other_ways_and_no_logprobs(way, name):
             assert it.mode is None
 
 
+def test_words_in_thoughts_and_null_for_what_is_forbidden():
+    """A server's log-probabilities are those of its thoughts too; minus infinity has no JSON."""
+    thought = written(
+        ["Yes", " or", " No?", "</think>", "Yes"], at0={"Yes": 0.1, "No": 0.9}, at4={"Yes": 0.8, "No": 0.2}
+    )
+    thought["choices"][0]["message"]["content"] = "Yes"
+    top = thought["choices"][0]["logprobs"]["content"][4]["top_logprobs"]
+    top.append({"token": "Maybe", "bytes": None, "logprob": None})
+    with ChatServer(lambda number, body: thought if "regex" in body else whole_answer("Hello!")) as server:
+        ((choice,),) = engine(server).choose([HELLO], ["", ""], ["Yes", "No"])
+    assert [round(math.exp(logp), 6) for logp in choice.logps] == [0.8, 0.2]
+
+
+@pytest.mark.parametrize("text", ['{"better":"A"}', '{ "better": "A" }', '{\n  "better": "A"\n}'])
+def test_a_schema_leaves_the_spaces_to_the_server(text):
+    with ChatServer(lambda number, body: whole_answer(text if "response_format" in body else "Hello!")) as server:
+        ((choice,),) = engine(server).choose([HELLO], ['{"better": "', '"}'], ["A", "B", "tie"])
+    assert choice.index == 0
+
+
 def test_a_server_that_holds_to_no_form():
     with ChatServer() as server, refused("holds its answers to no form; pass --score_mode json"):
         engine(server).choose([HELLO], FORM, DIGITS)
