@@ -1318,11 +1318,13 @@ class Server(Engine):
     def explain(self, error) -> str:
         """What a server says with an HTTP status. Raises Refused or UserError if no further try mends it."""
         status, words = error.status_code, isinstance(error.body, dict) and error.body.get("message")
-        said = f"{status} {self.show(str(words or error.response.text))}"
-        # a setting that it does not take would be refused in every request
-        if status in (400, 413, 422) and error.param not in ("temperature", "top_p", "seed"):
+        text, said = error.response.text, f"{status} {self.show(str(words or error.response.text))}"
+        # no further request would do better: nothing is left to pay with (Claude's 400), or a setting is not taken
+        poor = re.search("insufficient_quota|credit balance", text)
+        barred = status == 403 and re.search("moderation|flagged|content_policy", text)  # OpenRouter's
+        if barred or (status in (400, 413, 422) and not poor and error.param not in ("temperature", "top_p", "seed")):
             raise Refused(said)
-        if (status in (408, 409, 429) or status >= 500) and "insufficient_quota" not in error.response.text:
+        if (status in (408, 409, 429) or status >= 500) and not poor:
             return said
         raise UserError(f"{self.title} answers {said}; see --model, the URL and the key in ${self.key_name}")
 

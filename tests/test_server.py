@@ -238,10 +238,12 @@ def test_a_server_with_fewer_or_other_fields(capsys):
 def test_what_no_further_try_mends_is_one_line_at_once():
     """FAULTS section 4: a server's own words; 429 insufficient_quota is not tried for minutes."""
     poor = 429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
+    broke = 400, {"error": {"message": "Your credit balance is too low", "type": "invalid_request_error"}}  # Claude
     full = 500, {"error": {"message": "CUDA out of memory"}}
     for what, requests, words in [
         ("401", 1, "; see --model, the URL and the key in $SPA_API_KEY"),
         (poor, 1, "answers 429 You exceeded"),
+        (broke, 1, "answers 400 Your credit balance is too low"),
         (full, 2, "failed 2 times, at last: 500 CUDA out of memory"),
     ]:
         with ChatServer(lambda number, body, what=what: what) as server:
@@ -303,6 +305,7 @@ def test_odd_answers():
         "lone": (json.dumps(whole_answer("a\ud800b")).encode(), ("a?b", 3, False)),
         "thought": (whole_answer("<think>4?</think>5"), ("<think>4?</think>5", 3, False)),
         "long": ((400, {"error": {"message": "maximum context length is 9 tokens"}}), None),
+        "moderated": ((403, {"error": {"message": "input was flagged", "code": 403}}), None),  # OpenRouter
         "routed": ({"error": {"message": "too long", "code": 400}}, None),
         "uncounted": ({"choices": whole_answer("x")["choices"]}, ("x", 0, False)),
     }
