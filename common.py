@@ -1786,7 +1786,8 @@ def judge(engine: Engine, items: list[tuple], args, seeds: list[int], objectives
         sampling = {"temperature": 1.0 if attempt else 0.0, "max_new_tokens": args.judge_max_new_tokens}
         answers = engine.complete([chats[i] for i in todo], tries, **sampling)
         for i, answer in zip(todo, answers, strict=True):
-            scores[i] = parse_scores(answer.text, names) if answer else None
+            # "…": where the limit cut an answer off, a last 1 may be the beginning of 10
+            scores[i] = parse_scores(answer.text + "…" * answer.truncated, names) if answer else None
         todo = [i for i, answer in zip(todo, answers, strict=True) if answer and scores[i] is None]
     return scores
 

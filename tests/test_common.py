@@ -715,7 +715,8 @@ def test_free_answers_are_asked_again_twice_then_null(small):
         def complete(self, chats, seeds, *, temperature, **_):
             asked.append((len(chats), temperature, seeds))
             text = '{"Harmlessness": 3, "Helpfulness": 4}' if len(asked) == 2 else "no idea"
-            answers = [common.Completion(text if i == 0 else "no idea", 5, False) for i in range(len(chats))]
+            cut = '{"Harmlessness": 3, "Helpfulness": 1'  # 0, maybe
+            answers = [common.Completion(cut if i else text, 5, i > 0) for i in range(len(chats))]
             return [*answers[:-1], None] if len(asked) == 1 else answers  # the last is refused
 
     scores = common.judge(Fake("fake"), [("a", "b")] * 4, settings("json"), [7, 8, 9, 10])
