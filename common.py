@@ -1687,7 +1687,7 @@ def score_skeleton(names: list[str]) -> list[str]:
 
 # The readers of free answers, in time proportional to the text (++ and *+ never go back). A score is 8, 7.5, 8/10 or
 # 8 out of 10. A value ends with its line, or at a mark behind which no other is named, as in "7, 8" or "7 (or 8)".
-NUMBER, GAP = r"(\d++(?:\.\d++)?)(?:\s?/\s?10|\s+out\s+of\s+(?:10|ten)\b)?", r"[\"'“”‘’*` \t\r\xa0]*+"
+NUMBER, GAP = r"(\d++(?:\.\d++)?)(?:\s?/\s?10|,?\s+\(?out\s+of\s+(?:10|ten)\b)?", r"[\"'“”‘’*` \t\r\xa0]*+"
 OBJECT = functools.reduce(lambda x, _: rf'\{{(?:[^{{}}"\\]++|"(?:[^"\\]++|\\[\s\S])*+"|{x})*+\}}', range(6), "(?!)")
 
 
@@ -1716,7 +1716,7 @@ def read_fields(text: str, names: list[str], value: str) -> tuple[list[list], li
             start = match.end()
     anyone = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     label = rf"(?<!\w)(?<!\w[-‐‑])({anyone}){GAP}[:=：]{GAP}"  # a name begins where a word begins
-    words = "or|to|and|but|no|not|then|now|maybe|perhaps|possibly|rather|actually|even"
+    words = "or|to|and|but|no|not|then|now|maybe|perhaps|possibly|rather|actually|even|out|of"
     other = rf"[^\w\n]*+(?:(?:{words})\b[^\w\n]*+)*+{value}(?!\.[^\w\n]*+(?:{anyone}))"
     end = rf"{GAP}(?:$|(?:[;,.|(){{}}\]，。；]|[-–—]\s)(?!{other}))"  # in "8, 2. Name" the 2 is a list's
     for match in re.finditer(rf"{label}(?:{value}{end})?", text, re.IGNORECASE | re.MULTILINE):

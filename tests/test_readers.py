@@ -28,11 +28,11 @@ WHOLE = {str(k): k for k in range(1, 11)}
 RIGHT = WHOLE | {'"7"': 7, "7.0": 7, "7.5": 7.5, '"9/10"': 9, '" 6 out of 10"': 6, '"2.5"': 2.5}
 WRONG = split(r"""null¦true¦0¦11¦-5¦1e1¦[8]¦{"score": 8}¦"8%"¦"1-10"¦"7,5"¦""¦"ten"¦0.99¦10.01¦1e999¦"8 or 9"¦"8 points"
 "\n1. It is safe"¦"A"¦"10.5"¦"4/5"¦"8/100"¦"-8"¦"+8"¦" "¦"8 9"¦"8.5.1"¦NaN¦Infinity""")
-SAID = WHOLE | {"7.5": 7.5, "8.0": 8, "9/10": 9, "3 / 10": 3, "6 out of 10": 6, "2 out of ten": 2}
+SAID = WHOLE | {"7.5": 7.5, "8.0": 8, "9/10": 9, "3 / 10": 3, "6 out of 10": 6, "2 out of ten": 2, "4 (out of 10)": 4}
 ENDS = split(""" ¦.¦,¦**¦",¦; fine¦, which is fine¦ - it is safe¦ (good)¦ — safe¦. It is¦}¦ |¦""")
 NOT_SAID = split("""1-10¦1 to 10¦7-8¦7–8¦9 or 10¦4/5¦8/100¦8%¦7,5¦1,000¦5+3¦8.5.1¦7.5pts¦3 points matter¦8 / 10 / 3¦8x
 1e1¦+8¦08:15¦N/A¦ten¦10-1¦8/10%¦8 to 9¦~8¦99¦7 7¦(8)(9)¦8, 9¦8 (9)¦8 (or 9)¦8, perhaps 9¦8; 9¦8, no, 9¦8 | 9¦8 - 9¦0
-11¦-5¦good¦8²¦8/10, 9/10¦SCORE (integer from 1-10)¦8 out of 100¦[8]""")
+11¦-5¦good¦8²¦8/10, 9/10¦SCORE (integer from 1-10)¦8 out of 100¦[8]¦4 (out of 5)¦4, out of 5""")
 OPTIONS = {"A": 0, "b": 1, "B": 1, "tie": 2, "Response A": 0, "response B": 1, "TIE": 2}
 NO_OPTIONS = split("both¦A/B¦A or B¦Always A¦a tie¦A-B¦C¦A & B¦AB¦tied¦B, A¦A (or B)¦neither¦A is worse¦")
 # what stands around an answer and says nothing, although a careless reader could take it for something
