@@ -159,21 +159,22 @@ def main(args: Args) -> None:
     k = next((len(r["scores"]) for row in rows for r in row["responses"] if r["scores"]), len(objectives))
     check(k == len(objectives), f"{source} has {k} scores a response: pass their names as --objectives, in order")
     record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
-    # the judge must be that of stage 2, or its scores and these do not compare: its settings, words, weights and code
-    settings = ("score_mode", "with_instruction", "judge_template", "judge_max_new_tokens", "dtype")
-    ways = [(f"--{name}", [one.get("args", {}).get(name) for one in (before, record)]) for name in settings]
-    itself = ["--model"] * (not (args.scorer or args.judge_model))
-    for name in ("constitution", "--scorer", "--judge_model", *itself):
-        ways.append((name, [one.get("inputs", {}).get(name) for one in (before, record)]))
-    ways.append(("common.py", [one.get("code", {}).get("common.py") for one in (before, record)]))
-    if others := [name for name, (was, now) in ways if before and was != now]:
-        common.warn(f"{', '.join(others)}: not as in stage 2, so its scores and these may not compare")
     engine = common.make_engine(args)
     judge = common.make_judge(args, engine)
     if not record["complete"]:
         for one in dict.fromkeys((engine, judge)):
             one.open()
         common.settle_score_mode(args, judge, record)
+    # the judge must be that of stage 2, or its scores and these do not compare: its settings, words, weights and code
+    settings = ("with_instruction", "judge_template", "judge_max_new_tokens", "dtype")
+    ways = [(f"--{name}", [one.get("args", {}).get(name) for one in (before, record)]) for name in settings]
+    ways.append(("--score_mode", [[one.get("scores_read"), one.get("server_mode")] for one in (before, record)]))
+    itself = ["--model"] * (not (args.scorer or args.judge_model))
+    for name in ("constitution", "--scorer", "--judge_model", *itself):
+        ways.append((name, [one.get("inputs", {}).get(name) for one in (before, record)]))
+    ways.append(("common.py", [one.get("code", {}).get("common.py") for one in (before, record)]))
+    if others := [name for name, (was, now) in ways if before and was != now]:
+        common.warn(f"{', '.join(others)}: not as in stage 2, so its scores and these may not compare")
 
     later = args.template.replace("{principles}", list_principles(objectives)).split(NEXT_TURN)[1:]
     # One conversation a prompt. What can't be refined keeps an empty, unscored ỹ: 04 drops it as unscored.
@@ -234,8 +235,7 @@ def main(args: Args) -> None:
     names, pairs = [name for name, _ in objectives], [(row["refined"], r) for row in done for r in row["responses"]]
     common.ScoreHistogram(candidate["scores"] for _, candidate in pairs).show(names, "candidates")
     common.ScoreHistogram(one["scores"] for one in refined).show(names, "refined")
-    ties = [[one["scores"] for one in pair] for pair in pairs]
-    common.show_ties(ties, "pairs of a refined response and a candidate")
+    common.show_ties([[one["scores"] for one in pair] for pair in pairs], "pairs of a refined response and a candidate")
     common.show_tokens(engine, judge)
     print(f"wrote {output}\nnext: python 04_denoise.py --run_dir {args.run_dir}")
 

@@ -1743,7 +1743,6 @@ def settle_score_mode(args, judge: Engine, record: dict) -> None:
     if isinstance(judge, Server) and asked == "choice":
         judge.probe_form(["", ""], ["Yes", "No"])
         check(judge.has_logprobs, f"{judge.title} tells no probabilities, which --score_mode choice needs")
-        record["server_mode"] = judge.mode
     elif isinstance(judge, Server) and asked != "json":
         # `expected` needs log-probabilities in a server's answers, `constrained` a form that binds: both are tried
         judge.probe_form(score_skeleton(["First", "Second"]), SCORES)
@@ -1751,7 +1750,7 @@ def settle_score_mode(args, judge: Engine, record: dict) -> None:
         if args.score_mode != asked:
             warn(f"{judge.title} does not allow --score_mode {asked}: scores are read as {args.score_mode}")
         print(f"  scores of {judge.title}: {args.score_mode}" + (f" ({judge.mode})" if judge.mode else ""))
-        record["server_mode"] = judge.mode
+    record["server_mode"] = getattr(judge, "mode", None)
     was = record.setdefault("scores_read", args.score_mode)
     check(was == args.score_mode, f"so far scores were read as {was}, not {args.score_mode}; pass --overwrite")
     if processes()[0] == 0:
@@ -1780,13 +1779,12 @@ def judge(engine: Engine, items: list[tuple], args, seeds: list[int], objectives
                 means = (sum(k * math.exp(p) for k, p in enumerate(choice.logps, 1)) for choice in answer)
                 scores[i] = [round(mean, 6) for mean in means]
         return scores
-    # the paper's free text at temperature 0; what can't be read is asked again with sampling
+    # the paper's free text at temperature 0; what can't be read, as a 1 that was cut from 10, is asked again, sampled
     for attempt in range(1 + JSON_RETRIES):
         tries = [derive_seed(seeds[i], "judge", attempt) for i in todo]
         sampling = {"temperature": 1.0 if attempt else 0.0, "max_new_tokens": args.judge_max_new_tokens}
         answers = engine.complete([chats[i] for i in todo], tries, **sampling)
         for i, answer in zip(todo, answers, strict=True):
-            # "…": where the limit cut an answer off, a last 1 may be the beginning of 10
             scores[i] = parse_scores(answer.text + "…" * answer.truncated, names) if answer else None
         todo = [i for i, answer in zip(todo, answers, strict=True) if answer and scores[i] is None]
     return scores

@@ -582,6 +582,14 @@ def test_a_server_that_holds_to_no_form_is_read_as_json(good, tmp_path, ok, fail
         _, err = ok("02_score", "--run_dir", tmp_path / "run", *options)
     assert "does not allow --score_mode expected: scores are read as json" in err
     assert (tmp_path / "run" / "02_scores.jsonl").read_bytes() == (good / "02_scores.jsonl").read_bytes()
+
+    def held(number, body):
+        names = body.get("response_format", {"json_schema": {"schema": {}}})["json_schema"]["schema"].get("required")
+        return whole_answer(json.dumps(dict.fromkeys(names, 3))) if names else "ok"
+
+    with ChatServer(held) as server:  # it is told where stage 3 finds one that can do more
+        out, err = ok("03_refine", *options_of("03_refine", tmp_path / "run", server), "--overwrite")
+    assert "constrained (schema)" in out and "warning: --score_mode: not as in stage 2" in err
     # and a run is not moved from a server to a local model of its name
     prompts = ("--prompts", good / "prompts.jsonl", "--n", 3, "--system_prob", 0.4, "--max_new_tokens", 40)
     fails("--model is another", "01_sample", "--run_dir", tmp_path / "run", *prompts, "--model", "served")
