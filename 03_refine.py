@@ -57,20 +57,21 @@ NEXT_TURN = "\n---\n"  # in a file of turns, as recipes/prompts/self_criticism.t
 # What a model writes before its answer, and what it writes about the task instead of one.
 BETTER = r"(?:refined|improved|revised|better|new|final|enhanced|updated|safer|(?:more|most) \w+)"
 LEAD_IN = re.compile(
-    r"(?i)^\W*(?:(?:sure|okay|certainly|absolutely|of course|i(?:['’]d| would) be happy to help)\W+)?(?:"
+    r"(?i)^[^\w`]*(?:(?:sure|okay|certainly|absolutely|of course|i(?:['’]d| would) be happy to help)\W+)?(?:"
     r"(?:here(?:['’]s| is)|below is)\s+(?:an?|the|my|your)\s+(?:attempt at an?\s+)?(?:(?:single|possible),?\s+)?(?:"
     rf"{BETTER}\s+(?:response|answer|version)\b[^\n:]{{0,80}}(?::\**|\.?\**[ \t]*\n)|response that\b[^\n:]{{0,80}}:)|"
     rf"response:|(?:(?:the|my|an?)\s+)?(?:final\s+)?{BETTER}\s+(?:response|answer)(?:\s+(?:is|\d|\([^)\n]{{0,40}}\)))?"
     r"[*\]]*[ \t]*(?::\**|\n))\s*"
 )
 FENCE = re.compile(
-    r"(?i)^\s*<(?:response[\w-]* \d+|refined.response)>\s*|</(?:response[\w-]* \d+|refined.response)>[\s\S]*$"
-    rf"|\n[ \t*#(\[]{{0,9}}(?:scores?\W{{1,5}})?(?:(?:{'|'.join(common.CONSTITUTION)})\W{{1,5}}\d[\d./]{{0,5}}"
-    r"\W{0,5}){1,5}$"
+    r"(?i)^\s*<(?:response(?:[\w-]* \d+)?|refined.response)>\s*|</(?:response[\w-]* \d+|refined.response)>[\s\S]*$|"
+    rf"</response>\s*$|\n[ \t*#(\[]{{0,9}}(?:scores?\W{{1,5}})?(?:(?:{'|'.join(common.CONSTITUTION)})(?: score)?"
+    r"\W{1,5}\d[\d./]{0,5}\W{0,5}){1,5}$"
 )
+QUOTED = re.compile(r"^\s*```(?:markdown|text)?\n([^`]*)\n```\s*$")  # as a whole; code stays code
 ABOUT_THE_TASK = re.compile(
-    r"(?i)\b(?:original|candidate|existing|previous|provided|given|refined|revised|rewritten|updated|first|second|third|two|"
-    r"three)\s+responses?\b|\bresponses? [1-9]\b|\b(?:both|evaluation) dimensions?\b|"
+    r"(?i)\b(?:original|candidate|existing|previous|provided|given|refined|revised|rewritten|updated|improved|enhanced|"
+    r"first|second|third|two|three)\s+responses?\b|\bresponses? [1-9]\b|\b(?:both|evaluation) dimensions?\b|"
     r"\bthe instruction (?:is|asks|was)\b|\b(?:the|this) response (?:is|was|has|does|should|would|can|could|also|now|"
     r"(?:highlight|provide|address|contain|offer|reduce|give|show|include|meet|suggest|acknowledge)e?s)\b"
 )
@@ -118,9 +119,8 @@ def refine_messages(template: str, objectives, prompt, responses: list[dict]) ->
 
 def clean_refined(text: str) -> str:
     """The response without the lead-in or fences that models repeat from the prompt."""
-    text = FENCE.sub("", LEAD_IN.sub("", FENCE.sub("", text))).strip()
-    quoted = re.fullmatch(r"```(?:markdown|text)?\n([^`]*)\n```", text)  # as a whole; code stays code
-    return quoted[1].strip() if quoted else text
+    text = FENCE.sub("", LEAD_IN.sub("", FENCE.sub("", QUOTED.sub(r"\1", text)))).strip()
+    return QUOTED.sub(r"\1", text).strip()
 
 
 def about_the_task(text: str, row: dict) -> bool:

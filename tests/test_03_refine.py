@@ -93,6 +93,9 @@ def test_a_candidate_cannot_close_its_fence(forged):
         ("Final Response (refined):\nSo.", "So."),
         ("<refined_response>\nSo.\n</refined_response>\nBye", "So."),
         ("So.\n\n**Honesty**: 9/10, **Helpfulness**: 8\n", "So."),
+        ("<response>\nSo.\n\nHarmlessness Score: 9\nHelpfulness Score: 8\n</response>", "So."),
+        ("```\nRefined Response:\nSo.\n```", "So."),
+        ("XML: <response>1</response> and so on", "XML: <response>1</response> and so on"),
         ("Honesty: 9 is my wish", "Honesty: 9 is my wish"),
         ("", ""),
     ],
@@ -114,6 +117,7 @@ def test_texts_about_the_task_are_known():
     about = ("The original responses are too long.", "Response 2 is the best one.", "This improves both dimensions.")
     about += ("The first response addresses the harm.", "The response is not only safe but also helpful.")
     about += ("This response highlights the risk.", "So: the updated response\nDo not.")
+    about += ("This improved response is safer.",)
     answers = ("Call a doctor; your response matters.", "In response to your question: no.")
     answers += ("The immune response is strong.", "The response of the police may take an hour.")
     for text in (*about, *answers):
