@@ -1318,7 +1318,7 @@ class Server(Engine):
     def explain(self, error) -> str:
         """What a server says with an HTTP status. Raises Refused or UserError if no further try mends it."""
         status, words = error.status_code, isinstance(error.body, dict) and error.body.get("message")
-        text, said = error.response.text, f"{status} {self.show(str(words or error.response.text))}"
+        text, said = error.response.text, f"{status} {self.show(str(words or error.body))}"  # JSON may escape the key
         # no further request would do better: nothing is left to pay with (Claude's 400), or a setting is not taken
         poor = re.search("insufficient_quota|credit balance", text)
         barred = status == 403 and re.search("moderation|flagged|content_policy", text)  # OpenRouter's

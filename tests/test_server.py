@@ -336,6 +336,8 @@ def test_the_key_is_sent_and_never_shown(capsys, monkeypatch):
         with ChatServer(lambda number, body, status=status: status) as server:
             said = refusal(server, key="sk-secret-and-long", retries=1) + capsys.readouterr().err
         assert "sk-s" not in said and "\x1b" not in said
+    with ChatServer(lambda number, body: (401, rb'{"error": "no key like sk\/secret"}')) as server:
+        assert "401 no key like ***; see" in refusal(server, key="sk/secret")
 
 
 # what models read as one token, by family
