@@ -418,7 +418,7 @@ def inherit(args, made: dict[str, dict], prefer: str, *names: str) -> None:
             setattr(args, name, value)
             if "endpoint" in name:  # a run directory from elsewhere may name any server
                 args.unnamed = (*getattr(args, "unnamed", ()), name)
-                print(f"{name} {value}, from the run's record (no key goes there: pass --{name} for that)")
+                print(f"{name} {ascii(value)[1:-1]}, from the run's record (no key goes there: pass --{name} for that)")
 
 
 def read_files(args) -> None:
@@ -1173,7 +1173,7 @@ class Server(Engine):
                  key_name: str = "SPA_API_KEY"):  # fmt: skip
         super().__init__(f"{model} at {url}")
         check(not {"@", "?"} & set(url), f"an endpoint's URL is written into files: put its key in ${key_name}")
-        parts = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)(/.*?[^/])?/*", url)
+        parts = re.fullmatch(r"(https?://(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)(/[!-~]*?[!-.0-~])?/*", url)
         check(parts, "an endpoint is a URL such as http://localhost:8000/v1")
         self.url, self.key, self.key_name = parts[1] + (parts[2] or "/v1"), (key or "").strip(), key_name
         check(re.fullmatch("[!-~]*", self.key), f"${key_name} has characters that no HTTP header takes")

@@ -262,6 +262,7 @@ def test_what_no_further_try_mends_is_one_line_at_once():
         ("localhost:8000", "is a URL such as"),
         ("http://[::1", "is a URL such as"),
         ("http://localhost:port/v1", "is a URL such as"),
+        ("http://evil/\x1b[2K\rhttp://localhost/v1", "is a URL such as"),
         ("http://me:pass@localhost/v1", "put its key in $SPA_API_KEY"),
         ("http://localhost/v1?key=1", "put its key in $SPA_API_KEY"),
     ],
@@ -597,7 +598,7 @@ def test_a_server_that_holds_to_no_form_is_read_as_json(good, tmp_path, ok, fail
     fails("--model is another", "01_sample", "--run_dir", tmp_path / "run", *prompts, "--model", "served")
 
 
-def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, ok, monkeypatch):
+def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, ok, monkeypatch, capsys):
     """FAULTS 44: not a server that only a record names."""
     monkeypatch.setenv("SPA_API_KEY", "secret-model-key")
     monkeypatch.setenv("SPA_JUDGE_API_KEY", "secret-judge-key")
@@ -615,6 +616,9 @@ def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, ok, monkeypa
         out, _ = ok("03_refine", "--run_dir", tmp_path, "--attempts", 2, "--max_new_tokens", 40, "--overwrite")
         assert f"endpoint {server.url}, from the run's record" in out
         assert sent(server) == {"Bearer none"} == sent(judge)
+    args = common.ModelArgs()
+    common.inherit(args, {"01": {"endpoint": "http://evil/\x1b[2K\rhttp://good/v1"}}, "01", "endpoint")
+    assert "\\x1b[2K\\rhttp" in capsys.readouterr().out, "what is said can't hide itself"
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"secret" not in file.read_bytes()
 
