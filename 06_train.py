@@ -586,7 +586,7 @@ def replace_folder(accelerator, folder: Path):
             raise
     accelerator.wait_for_everyone()
     # On disk first, then in place. After a kill between the two lines that do it, the last checkpoint makes it again.
-    for path in partial.iterdir() if is_main else []:
+    for path in filter(Path.is_file, partial.rglob("*")) if is_main else []:  # further chat templates have a folder
         path.chmod(0o644)  # safetensors writes for its owner alone
         with open(path, "rb") as file:
             os.fsync(file.fileno())

@@ -626,6 +626,16 @@ def test_what_bfloat16_keeps_of_the_training(tiny, ok, run_dir):
         assert (kept / changed < 0.5) == low
 
 
+def test_a_tokenizer_with_several_templates_is_saved_with_all_of_them(tiny, ok, run_dir):
+    """One for tools beside the usual one lies in a folder of its own: the training ended with "Is a directory"."""
+    base = shutil.copytree(tiny(), run_dir / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    ok("06_train", "--run_dir", run_dir, "--model", base, *OPTIONS)
+    saved = AutoTokenizer.from_pretrained(run_dir / "06_model").chat_template
+    assert saved == AutoTokenizer.from_pretrained(base).chat_template and set(saved) == {"default", "tool_use"}
+
+
 def test_older_readers_find_the_same_values(ok, run_dir):
     """FAULTS section 4: transformers 4.5x, in older servers, knows rope_theta alone and would go on with 10,000.
 
