@@ -56,9 +56,7 @@ class Args(common.ModelArgs):
     top_p: float = arg(1.0, "nucleus of the sampling; 1 is all (paper)")
     max_new_tokens: int = arg(2048, "longest response in tokens (paper, appendix A)")
     system_prob: float = arg(0.0, "chance of the honest system prompt per response (paper: 0.5 for honesty)")
-    model: str | None = arg(
-        None, f"hub name, local folder, or the name at the server; default: {common.DEFAULT_MODEL}", free=True
-    )
+    model: str | None = arg(None, f"hub name, folder or name at the server; default: {common.DEFAULT_MODEL}", free=True)
 
 
 def read_table(path: Path) -> list[tuple[str, dict]]:

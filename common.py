@@ -475,10 +475,9 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         check(old, f"{there[0]} is there without {path.name}, so it is left alone; {way_out}")
         for field in dataclasses.fields(args):
             was, value = old["args"].get(field.name, field.default), values[field.name]
-            differs = f"{path.parent} was made with --{field.name} {was}, not {value}; {way_out}"
-            if len(differs) > 500:  # the text of a file
-                differs = f"{path.parent} was made with another --{field.name}; {way_out}"
-            check(was == value or field.metadata["free"], differs)
+            long = len(f"{was}{value}") > 400  # the text of a file
+            how = f"another --{field.name}" if long else f"--{field.name} {was}, not {value}"
+            check(was == value or field.metadata["free"], f"{path.parent} was made with {how}; {way_out}")
         for name, value in record["inputs"].items():
             same = old.get("inputs", {}).get(name) == value
             check(same, f"{name} is another than when {stage}.py ran in {path.parent}; {way_out}")
@@ -490,14 +489,16 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         whole = all(output.exists() for output in outputs) and old.get("rows") in (None, count_lines(outputs[0]))
         record = {**old, **record, "complete": bool(old.get("complete")) and whole}
     wait_for_all()  # all have read what was there
-    # the record is written as incomplete before anything else changes
+    # the old record says incomplete before anything changes; this one comes once the rows of other arguments are gone
     if processes()[0] == 0 and not record["complete"]:
-        write_record(record)
+        with contextlib.suppress(UserError):
+            write_record({**(read_record(path) or record), "file": str(path), "complete": False})
         for output in there:
             if args.overwrite and output.is_file():
                 output.unlink()
             elif output.suffix == ".jsonl":  # a row that a kill has cut goes, and is made again
                 os.truncate(output, output.read_bytes().rfind(b"\n") + 1)
+        write_record(record)
     wait_for_all()
     return record
 
