@@ -30,9 +30,7 @@ class Args(common.RunArgs):
     gap: str | None = arg(None, "what weighs a pair: total: |ΔΣG| (paper); signed: the same, 0 where the total falls; "
         "composite: of --weights, as --rule weighted has it (ours)", ("total", "signed", "composite"))  # fmt: skip
     rule: str = arg("lex", "lex: equation 2; pareto: section 2; weighted: Reward Soups", ("lex", "pareto", "weighted"))
-    weights: list[float] | None = arg(
-        None, "of weighted and composite, >= 0, one an objective (paper: 6 4, 7 3, 8 2, 9 1)"
-    )
+    weights: list[float] | None = arg(None, "of weighted and composite, one an objective (paper: 6 4, 7 3, 8 2, 9 1)")
     refined_only: bool = arg(False, "only pairs with the refined response (ours)")
     keep_system: bool = arg(False, "put the system prompt that the preferred response had into the prompt (ours)")
 

@@ -397,6 +397,8 @@ def made_by(path: Path) -> dict[str, dict]:
     known = None if record["args"].get("input") else inputs.get("source", inputs.get(read.name))
     redone = f"{path} was made from another {read.name} than is there now: run {stage}.py --overwrite"
     check(known is None or not read.is_file() or known == digest(read), redone)
+    if known and record_file_of(read).is_file() and read.is_file():  # and so on, back to stage 1
+        made_by(read)
     return {**record.get("earlier", {}), stage[:2]: facts_of(record)}
 
 

@@ -149,7 +149,8 @@ def test_overwrite_does_it_again_and_the_next_stage_notices(finished, tmp_path, 
     fails(words, "02_score", "--run_dir", run_dir, *COMMANDS["02_score"])
     ok("02_score", "--run_dir", run_dir, *COMMANDS["02_score"], "--overwrite")
     words = "03_refined.jsonl was made from another 02_scores.jsonl than is there now: run 03_refine.py --overwrite"
-    fails(words, "04_denoise", "--run_dir", run_dir, *COMMANDS["04_denoise"], "--overwrite")
+    for stage in ("04_denoise", "05_pairs", "06_train"):  # two and three stages further on, too
+        fails(words, stage, "--run_dir", run_dir, *COMMANDS[stage], "--overwrite")
 
 
 @pytest.mark.parametrize("stage", ["02_score", "03_refine", "06_train"])
