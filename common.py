@@ -130,6 +130,7 @@ def parse_args(args_class, argv: list[str] | None = None):
         else:
             if typing.get_origin(kind) is list:
                 kind, options["nargs"] = typing.get_args(kind)[0], "+"
+                options["action"] = "store" if default else "extend"  # --exclude a --exclude b: neither is lost
             options |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
         parser.add_argument(f"--{field.name}", **options)
     known, unknown = parser.parse_known_args(argv)

@@ -332,6 +332,8 @@ def test_prompts_of_an_earlier_run_are_kept_out(tmp_path, fails):
     second, dropped = load(path, num_prompts=20, exclude=[str(run_dir)])
     assert len(second) == 20 and not {r["id"] for r in first} & {r["id"] for r in second}
     assert dropped["in an earlier run"] == 20
+    twice = common.parse_args(sample.Args, ["--exclude", "a", "--exclude", "b", "c"])
+    assert twice.exclude == ["a", "b", "c"], "the first is not lost in silence"
     options = ("--prompts", write_rows(tmp_path / "y.jsonl", first), "--exclude", run_dir)
     fails("--exclude leaves no prompt of", "01_sample", *options, "--run_dir", tmp_path / "next", code=3)
     assert not (tmp_path / "next").exists()
