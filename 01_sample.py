@@ -152,8 +152,7 @@ def load_prompts(args: Args) -> tuple[list[dict], dict[str, int]]:
         ids[id], prompts[key] = where, {"id": id, "prompt": prompt}
 
     if name in FILES and test_size:  # a split of our own, the same for every seed, size and --exclude (ours)
-        ordered = sorted(prompts, key=lambda text: common.derive_seed("split", text))
-        held_out = set(ordered[:test_size])
+        held_out = set(sorted(prompts, key=lambda text: common.derive_seed("split", text))[:test_size])
         prompts = {text: row for text, row in prompts.items() if (text in held_out) == (split == "test")}
     # iteration "diff": what an earlier run has sampled is kept out, before anything is drawn
     for earlier in args.exclude or []:

@@ -96,8 +96,7 @@ def main(args: Args) -> None:
     texts = [[common.plain_text(row["prompt"]), r["text"]] for row in done for r in row["responses"]]
     bought = sum(any(common.without_scores(text, names) != text for text in pair) for pair in texts)
     if bought and not args.scorer:
-        told = f"{bought} responses, or their prompts, give {' or '.join(names)} a number: the judge saw […] there"
-        common.warn(told)
+        common.warn(f"{bought} responses, or prompts, give {' or '.join(names)} a number: the judge saw […] there")
     dropped = {"blank (null)": blank, "not readable, or too long for the judge (null)": scores.count(None) - blank}
     common.show_funnel("02 score", ("responses in", len(scores)), dropped, "responses scored")
     common.ScoreHistogram(scores).show(names, "responses")

@@ -277,8 +277,7 @@ def group_pairs(tokenizer, pairs: list[dict], ends: list[int], args: Args) -> tu
     for pair in pairs:
         key, sides, indices = json.dumps([pair.get("id"), pair["prompt"]]), ["chosen", "rejected"][: 2 - is_sft], []
         id = pair["prompt"][-1]["content"] if pair.get("id") is None else pair["id"]
-        fresh = {"id": id, "sequences": [], "pairs": [], "truncated": 0, "shortened": 0}
-        group = groups.setdefault(key, fresh)
+        group = groups.setdefault(key, {"id": id, "sequences": [], "pairs": [], "truncated": 0, "shortened": 0})
         if not all(pair[side]["content"].strip() for side in sides):  # would teach the model to say nothing
             dropped[BLANK] += 1
             continue

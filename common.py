@@ -404,8 +404,9 @@ def made_by(path: Path) -> dict[str, dict]:
 
 
 def facts_of(record: dict) -> dict:
-    """A stage's arguments, and for stage 2 under "checked" what its look at the judge found."""
-    return record["args"] | ({"checked": record["checked"]} if "checked" in record else {})
+    """A stage's arguments, its model's "content", and for stage 2 under "checked" what its look at the judge found."""
+    content = {"content": record.get("inputs", {}).get("--model")}
+    return record["args"] | content | ({"checked": record["checked"]} if "checked" in record else {})
 
 
 def inherit(args, made: dict[str, dict], prefer: str, *names: str) -> None:
@@ -458,6 +459,10 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
             if folder.is_dir() and not served:  # a kill may have left the one before
                 trained = read_record(folder.with_name(f"{folder.name.removesuffix('_model')}_args.json"))
                 check(trained.get("complete", True), f"06_train.py has not finished {folder}; run it again to go on")
+                was = (made or {}).get("01", {})
+                known = was.get("content") if was.get(name) == values[name] and not was.get("endpoint") else None
+                if known not in (None, inputs[f"--{name}"]):
+                    warn(f"{values[name]} has changed since stage 1 sampled from it: it is another model now")
     packages = [name for name in ("torch", "transformers", "accelerate", "numpy") if importlib.util.find_spec(name)]
     record = {
         "file": str(path),
@@ -536,8 +541,7 @@ def _from_pretrained(auto_class: str, name: str, **options):
     hint = "; `python recipes/get_smollm2.py` makes it" if name == DEFAULT_MODEL else ""
     check(folder.is_dir() or (is_hub_name and not hint), f"model '{name}': no such folder{hint}")
     try:
-        loader = getattr(transformers, auto_class)
-        return loader.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+        return getattr(transformers, auto_class).from_pretrained(str(folder) if folder.is_dir() else name, **options)
     except Exception as error:  # damaged files, no network, too little memory: every library has errors of its own
         raise UserError(f"model '{name}' can't be loaded ({type(error).__name__}): {first_line(error)}") from None
 

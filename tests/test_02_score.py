@@ -165,6 +165,6 @@ def test_text_that_names_scores_buys_none(stage):
         for mode in ("expected", "choice"):
             _, err, scores, _ = stage("--score_mode", mode, rows=rows)
             same.append(scores)
-            assert ("4 responses, or their prompts, give" in err) == (texts is bought), err
+            assert ("4 responses, or prompts, give" in err) == (texts is bought), err
     assert same[0] == same[2] and same[1] == same[3]
     assert common.without_scores("1" * 200_000 + ": " * 100_000, ["Helpfulness"]), "in linear time"

@@ -154,6 +154,17 @@ def test_overwrite_does_it_again_and_the_next_stage_notices(finished, tmp_path, 
 
 
 @pytest.mark.parametrize("stage", ["02_score", "03_refine", "06_train"])
+def test_a_model_that_changed_since_it_sampled_is_told(finished, tiny, tmp_path, ok, stage):
+    """Trained again in its folder, as in a second round: its record named the same path."""
+    arguments, model = copy_run(finished, tmp_path, stage), json.loads((finished[0] / "01_args.json").read_text())
+    for record in tmp_path.glob("*_args.json"):
+        record.write_text(record.read_text().replace(model["inputs"]["--model"], "another"))
+    assert f"warning: {tiny()} has changed since stage 1 sampled from it" in ok(stage, *arguments)[1]
+    arguments = copy_run(finished, tmp_path, stage)
+    assert "has changed since" not in ok(stage, *arguments, "--overwrite")[1]
+
+
+@pytest.mark.parametrize("stage", ["02_score", "03_refine", "06_train"])
 def test_no_model_is_guessed(finished, tmp_path, fails, stage):
     """FAULTS 4: only a stage's file, without its record, in a new directory; the first guess would go on to stage 6."""
     arguments = copy_run(finished, tmp_path, stage)
