@@ -59,8 +59,7 @@ def main(args: Args) -> None:
     if 1 < max(len(row["responses"]) for row in rows) <= len(names):  # one each are answers to be evaluated
         enough = f"sample with --n {len(names) + 1} or more, or 04 will want --no-informativeness"
         common.warn(f"det Σ of {len(names)} objectives is 0 with so few responses a prompt: {enough}")
-    count = sum(len(row["responses"]) for row in rows)
-    what = f"{count} responses of {len(rows)} prompts"
+    what = f"{sum(len(row['responses']) for row in rows)} responses of {len(rows)} prompts"
     common.announce("02 score", judge.title, what, "own scorer" if args.scorer else args.score_mode, " > ".join(names))
     if probes:
         checked = common.check_judge(judge, args, objectives, probes, record, probes_output)
