@@ -63,10 +63,9 @@ LEAD_IN = re.compile(
     rf"response:|(?:(?:the|my|an?)\s+)?(?:final\s+)?{BETTER}\s+(?:response|answer)(?:\s+(?:is|\d|\([^)\n]{{0,40}}\)))?"
     r"[*\]]*[ \t]*(?::\**|\n))\s*"
 )
-FENCE = re.compile(
+FENCE = (  # NAMES: of the objectives
     r"(?i)^\s*<(?:response(?:[\w-]* \d+)?|refined.response)>\s*|</(?:response[\w-]* \d+|refined.response)>[\s\S]*$|"
-    rf"</response>\s*$|\n[ \t*#(\[]{{0,9}}(?:scores?\W{{1,5}})?(?:(?:{'|'.join(common.CONSTITUTION)})(?: score)?"
-    r"\W{1,5}\d[\d./]{0,5}\W{0,5}){1,5}$"
+    r"</response>\s*$|\n[ \t*#(\[]{0,9}(?:scores?\W{1,5})?(?:(?:NAMES)(?: score)?\W{1,5}\d[\d./]{0,5}\W{0,5}){1,9}$"
 )
 QUOTED = re.compile(r"^\s*```(?:markdown|text)?\n([^`]*)\n```\s*$")  # as a whole; code stays code
 ABOUT_THE_TASK = re.compile(
@@ -117,9 +116,10 @@ def refine_messages(template: str, objectives, prompt, responses: list[dict]) ->
     return common.as_messages(REFINE_TEMPLATE.format(**parts))
 
 
-def clean_refined(text: str) -> str:
-    """The response without the lead-in or fences that models repeat from the prompt."""
-    text = FENCE.sub("", LEAD_IN.sub("", FENCE.sub("", QUOTED.sub(r"\1", text)))).strip()
+def clean_refined(text: str, names=common.CONSTITUTION) -> str:
+    """The response without the lead-in, fences or scores of the objectives that models repeat from the prompt."""
+    fence = re.compile(FENCE.replace("NAMES", "|".join(map(re.escape, names))))
+    text = fence.sub("", LEAD_IN.sub("", fence.sub("", QUOTED.sub(r"\1", text)))).strip()
     return QUOTED.sub(r"\1", text).strip()
 
 
@@ -204,7 +204,7 @@ def main(args: Args) -> None:
             answers = [{"role": "assistant", "content": one.text if one else ""} for one in completions]
             talks = [[*talk, own, *common.as_messages(turn)] for talk, own in zip(talks, answers, strict=True)]
             completions = engine.complete(talks, seeds, **sampling)
-        texts = [clean_refined(one.text) if one else "" for one in completions]  # refused by a server: blank
+        texts = [clean_refined(one.text, dict(objectives)) if one else "" for one in completions]  # refused: blank
         items = [(row["prompt"], text) for (row, _), text in zip(asked, texts, strict=True)]
         scores = common.judge(judge, items, args, seeds)  # None for what is blank
         attempts = {row["id"]: [] for row in some}

@@ -103,6 +103,8 @@ def test_a_candidate_cannot_close_its_fence(forged):
 def test_what_a_model_writes_around_its_answer_goes(text, kept):
     """FAULTS 16."""
     assert refine.clean_refined(text) == kept
+    ours = ["Tact", "C++ (style)", "Helpfulness"]
+    assert refine.clean_refined("So.\n\nTact: 9, C++ (style): 7, Helpfulness: 8", ours) == "So."
 
 
 def test_cleaning_takes_time_in_proportion_to_the_text():
