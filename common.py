@@ -1328,8 +1328,8 @@ class Server(Engine):
         status, words = error.status_code, isinstance(error.body, dict) and error.body.get("message")
         text, said = error.response.text, f"{status} {self.show(str(words or error.body))}"  # JSON may escape the key
         # no further request would do better: nothing is left to pay with (Claude's 400), or a setting is not taken
-        poor = re.search("insufficient_quota|credit balance", text)
-        barred = status == 403 and re.search("moderation|flagged|content_policy", text)  # OpenRouter's
+        poor = re.search("insufficient_quota|credit balance is too low", text)
+        barred = status == 403 and re.search("moderation|input was flagged|content_policy", text)  # OpenRouter's
         if barred or (status in (400, 413, 422) and not poor and error.param not in ("temperature", "top_p", "seed")):
             raise Refused(said)
         if (status in (408, 409, 429) or status >= 500) and not poor:
