@@ -368,8 +368,7 @@ def group_losses(groups: list[dict], logps: torch.Tensor, args: Args) -> tuple[t
         return -logps, {"logps/chosen": average.detach()}
     # Where each pair's two responses are among all sequences: two index vectors (P,).
     offsets = itertools.accumulate((len(group["sequences"]) for group in groups), initial=0)
-    placed = zip(offsets, groups, strict=False)
-    index = [(offset + c, offset + r) for offset, group in placed for c, r, _ in group["pairs"]]
+    index = [(at + c, at + r) for at, group in zip(offsets, groups, strict=False) for c, r, _ in group["pairs"]]
     chosen, rejected = torch.tensor(index, device=device).T
     if args.loss == "dpo":
         reference = torch.tensor([value for group in groups for value in group["reference"]], device=device)
@@ -640,7 +639,7 @@ def save_model(accelerator, model, tokenizer, folder: Path, card: str, args: Arg
                 plain.generation_config.do_sample = True
             plain.to(getattr(torch, args.save_dtype)).save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
             speak_older(partial)
     return changed / total, survived / max(1, changed)
 
@@ -736,7 +735,8 @@ def main(args: Args) -> None:
     run_dir, args.output_dir = Path(args.run_dir), args.output_dir or str(Path(args.run_dir) / "06_model")
     source, named = run_dir / "05_pairs.jsonl", Path(args.output_dir)
     stem, folder = named.name.removesuffix("_model"), named.resolve()
-    check(not folder.is_file(), f"--output_dir {named} is a file; a folder is wanted")
+    fits = str(folder).encode(errors="replace").decode() == str(folder)  # else the tokenizer would not be saved
+    check(fits and not folder.is_file(), f"--output_dir {named} is a file, or no UTF-8; a folder is wanted")
     # It is replaced as a whole: never a run's folder; nor may its record be that of another stage.
     other = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
     own = named.name and named.name[:3] not in ("01_", "02_", "03_", "04_", "05_")

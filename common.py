@@ -155,7 +155,7 @@ def run_stage(main, args_class) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         main(parse_args(args_class))
-        sys.stdout.flush()  # where its reader has gone, that shows here and not after the end
+        print(end="", flush=True)  # where its reader has gone, that shows here and not after the end
         return
     except UserError as error:
         code, line = error.exit_code, f"error: {error}" if processes()[0] == 0 or not error.of_all_processes else ""
@@ -314,10 +314,10 @@ def dump_row(row: dict) -> str:
 
 @contextlib.contextmanager
 def replace_file(path: Path):
-    """Opens a file beside `path` for writing, and puts it in the place of `path` once it is whole."""
+    """Opens a file beside `path` for writing, and puts it there once it is whole; of file names, bytes are escaped."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -347,7 +347,7 @@ def digest(path: Path) -> str:
     hashed = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
         size = file.stat().st_size
-        hashed.update(f"{file.name if file != path else ''}:{size}:".encode())
+        hashed.update(os.fsencode(f"{file.name if file != path else ''}:{size}:"))
         with open(file, "rb") as opened:
             for i in range(64):
                 opened.seek(size * i // 64)
@@ -448,9 +448,11 @@ def begin(args, stage: str, outputs: list[Path], made: dict | None = None, recor
         _LOCKS[path] = open(path.with_name(f".{path.stem}.lock"), "w")  # noqa: SIM115 (held until the process ends)
         try:
             fcntl.flock(_LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             _LOCKS.pop(path).close()
             raise UserError(f"another process is at work on {path.parent} ({path.name}); wait for it") from None
+        except OSError as error:  # some disks of clusters have no locks
+            warn(f"{path.parent} can't be locked ({error.strerror}): nothing would notice a second run on it")
     values = json.loads(json.dumps(dataclasses.asdict(args)))
     for name in ("model", "judge_model"):  # the content of a folder counts, wherever it lies
         if values.get(name):
@@ -624,8 +626,7 @@ def render_chat(tokenizer, messages: list[dict], add_generation_prompt: bool) ->
         return f"{mark}{len(found) - 1}{mark}"
 
     marked = [message | {"content": pattern.sub(hide, message["content"])} for message in messages]
-    # each text must stand in the rendering, in order; at first a name for each, since a short text may be found in what
-    # the template itself writes
+    # each text must stand in the rendering, in order; first a name for each, since a template may write short texts too
     for said in ([m | {"content": f"{mark}{i}{mark}"} for i, m in enumerate(messages)], marked):
         try:
             options = {"chat_template": DAY + tokenizer.get_chat_template(), "tokenize": False}
@@ -1877,9 +1878,8 @@ def check_judge(engine: Engine, args, objectives, probes: list[dict], record: di
                 rows[i] |= {"better": better and better[axis], "worse": worse and worse[axis]}
         return rows
 
-    longest = [max(probe["better"], probe["worse"], key=len) for probe in probes]
-    asked = zip(probes, longest, strict=True)
-    texts = [judge_prompt(objectives, probe["prompt"], text, True, args.judge_template) for probe, text in asked]
+    longest = [(probe["prompt"], max(probe["better"], probe["worse"], key=len)) for probe in probes]
+    texts = [judge_prompt(objectives, *item, True, args.judge_template) for item in longest]
     sizes = [(text_size(as_messages(text)) + args.judge_max_new_tokens, 2) for text in texts]
     return map_rows(score, probes, sizes, record, output, engine, "judge check")
 

@@ -1,5 +1,6 @@
 """The stages as a user runs them: the whole pipeline, what resumes and what is refused, own objectives and scorers."""
 
+import errno
 import itertools
 import json
 import os
@@ -193,6 +194,21 @@ def test_what_is_not_whole_is_refused(finished, tmp_path, fails, stage):
         assert not list(tmp_path.glob(f"{stage[:2]}_*l"))
     source.unlink()
     fails(f"{source.name} not found; run {STAGES[STAGES.index(stage) - 1]}.py", stage, *arguments)
+
+
+def test_names_in_another_encoding_and_disks_without_locks(finished, tmp_path, ok, fails, monkeypatch):
+    """A file's name that is no UTF-8 went into no record: a traceback. Lustre without flock read as a second run."""
+
+    def flock(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    source = shutil.copytree(finished[0], tmp_path / os.fsdecode(b"caf\xe9"))
+    command = ("04_denoise", "--input", source, "--run_dir", tmp_path / "branch", *COMMANDS["04_denoise"])
+    assert "can't be locked (Function not implemented)" in ok(*command)[1]
+    assert common.read_record(tmp_path / "branch" / "04_args.json")["args"]["input"] == str(source)
+    assert "is complete already" in ok(*command)[0]
+    fails("is a file, or no UTF-8", "06_train", "--run_dir", source, "--overwrite")  # before it trains, not in the end
 
 
 @pytest.mark.parametrize("stage", STAGES)
