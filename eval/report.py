@@ -338,9 +338,9 @@ def show_scatter(run: Run, args: Args) -> dict:
     if points.empty:
         return absent(run, "02_scores.jsonl", "03_refined.jsonl")
     lines = [[kind, len(of), *map(round_half_up, of[["x", "y"]].mean())] for kind, of in points.groupby("kind")]
-    drawn = points.sample(min(len(points), MOST_POINTS), random_state=args.seed).sort_index()
+    drawn = points.sample(min(len(points), MOST_POINTS), random_state=args.seed % (1 << 32)).sort_index()
     if whole := bool((points[["x", "y"]] % 1 == 0).all(axis=None)):  # on a grid, so moved apart
-        drawn[["x", "y"]] += np.random.default_rng(args.seed).uniform(-0.3, 0.3, (len(drawn), 2))
+        drawn[["x", "y"]] += np.random.default_rng(abs(args.seed)).uniform(-0.3, 0.3, (len(drawn), 2))
 
     def draw(axes):
         for i, (kind, of) in enumerate(drawn.groupby("kind")):

@@ -69,7 +69,7 @@ def rv_of(prompts: list, chosen) -> float:
 
 def curve(prompts: list, sizes: list[int], draws: int, orders: int, seed: int) -> pd.DataFrame:
     """A row per prefix: k, fraction, det, rows, RV, its interval, permutation mean, random orders' RV."""
-    rng, rows, above = np.random.default_rng(seed), [], np.zeros(orders)
+    rng, rows, above = np.random.default_rng(abs(seed)), [], np.zeros(orders)
     shuffled = [rng.permutation(len(prompts)) for _ in range(orders)]
     for k in tqdm(sizes, desc="prefixes"):
         prefix = prompts[:k]

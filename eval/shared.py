@@ -344,9 +344,10 @@ def bootstrap_interval(values, statistic=None, draws: int = 10_000, seed: int | 
         return (math.nan, math.nan)
     rows, function = (values, np.mean) if statistic is None else (range(len(values)), lambda i: statistic(values[i]))
     options = {"method": "percentile", "n_resamples": draws, "batch": 1000}  # in parts: 10,000 prompts fit into memory
+    rng = seed if isinstance(seed, np.random.Generator) else abs(seed)  # none is below 0 for numpy
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values that do not vary
-        found = stats.bootstrap((rows,), function, vectorized=statistic is None, rng=seed, **options)
+        found = stats.bootstrap((rows,), function, vectorized=statistic is None, rng=rng, **options)
     return quantiles(found.bootstrap_distribution)
 
 

@@ -74,6 +74,7 @@ def test_bootstrap_is_the_percentile_one_over_prompts():
     interval = shared.bootstrap_interval(two, lambda sample: shared.spearman(*sample.T), draws=500)
     assert interval == pytest.approx(tuple(np.quantile(found, [0.025, 0.975])))
     assert all(map(math.isnan, shared.bootstrap_interval([1.0])))
+    assert shared.bootstrap_interval(values, seed=-1) != shared.bootstrap_interval(values), "a seed that numpy refuses"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert shared.bootstrap_interval([2.0, 2.0]) == (2.0, 2.0) and math.isnan(shared.spearman([1, 1], [2, 3]))

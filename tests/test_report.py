@@ -483,6 +483,8 @@ def test_prompts_are_drawn_by_seed_or_chosen_and_then_whole(whole, tmp_path):
     assert shown.index("question z") < shown.index("question x") and "question y" not in shown
     assert "characters)" not in shown and f"z {long}" in shown, "nothing is folded"
     assert "characters)" in page_of(folder).sections["prompts"]
+    for seed in (-1, 10**30):  # numpy takes neither
+        assert page_of(whole, seed=seed).sections["funnel"]
 
 
 def test_answers_after_training(tmp_path, whole):
