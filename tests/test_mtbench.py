@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def options(models, tmp_path):
-    """QUESTIONS for one model; answers have at most 6 tokens, judgments 5. An option given again stands."""
+    """QUESTIONS for one model; answers have at most 6 tokens, judgments 5. An option given again stands, of a list both."""
     questions = write_rows(tmp_path / "question.jsonl", QUESTIONS)
     references = write_rows(tmp_path / "reference.jsonl", REFERENCES)
     usual = ["--questions", questions, "--references", references, "--output_dir", tmp_path / "out"]
@@ -48,7 +48,7 @@ def options(models, tmp_path):
 
 @pytest.fixture
 def two(models):
-    return ["--models", f"one={models['plain']}", f"two={models['bos']}"]
+    return ["--models", f"two={models['bos']}"]  # beside that of the options
 
 
 def rows_of(tmp_path, what, model="one"):
