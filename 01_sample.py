@@ -192,8 +192,8 @@ def main(args: Args) -> None:
     if not rows and dropped.get("in an earlier run"):
         raise common.EmptyResult(f"--exclude leaves no prompt of {args.prompts}")
     check(rows, f"{args.prompts} has no usable prompt")
+    engine = common.make_engine(args)  # a wrong name ends here, before --overwrite has cost anything
     record = common.begin(args, "01_sample", [output], prompts=str(common.derive_seed(rows)))
-    engine = common.make_engine(args)
     if not record["complete"]:
         engine.open()
 

@@ -49,9 +49,9 @@ def main(args: Args) -> None:
         check(probes_file.is_file(), f"--judge_probes {args.judge_probes}: no such file")
         probes, inputs = common.read_probes(probes_file, objectives), {**inputs, "--judge_probes": probes_file}
     outputs = [output, probes_output] if probes else [output]
+    judge = common.make_judge(args)  # a wrong name ends here, before --overwrite has cost anything
     record = common.begin(args, "02_score", outputs, made, source=source, **inputs)
 
-    judge = common.make_judge(args)
     if not record["complete"]:
         judge.open()
         common.settle_score_mode(args, judge, record)

@@ -158,9 +158,9 @@ def main(args: Args) -> None:
     objectives, inputs = common.judge_defaults(args)
     k = next((len(r["scores"]) for row in rows for r in row["responses"] if r["scores"]), len(objectives))
     check(k == len(objectives), f"{source} has {k} scores a response: pass their names as --objectives, in order")
-    record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
-    engine = common.make_engine(args)
+    engine = common.make_engine(args)  # a wrong name ends here, before --overwrite has cost anything
     judge = common.make_judge(args, engine)
+    record = common.begin(args, "03_refine", [output], made, source=source, **inputs)
     if not record["complete"]:
         for one in dict.fromkeys((engine, judge)):
             one.open()

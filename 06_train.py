@@ -760,6 +760,7 @@ def main(args: Args) -> None:
     check(fit or args.accept_unfit_judge, f"{verdict}; see the judge check of 02_score.py, or --accept_unfit_judge")
     if verdict:
         common.warn(verdict)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template)  # a wrong name ends before --overwrite has begun
     record = common.begin(args, "06_train", [metrics_file, named], made, record_file, **{source.name: source})
     if (args.overwrite or record["complete"]) and first_process:  # a kill may have come before they went
         remove_checkpoints(checkpoints)
@@ -776,7 +777,6 @@ def main(args: Args) -> None:
     done = progress.get("step", 0)
 
     # The pairs, the weights and the order of the steps: the same on every process.
-    tokenizer = common.load_tokenizer(args.model, args.chat_template)
     model = common.load_model(args.model, args.base_dtype, device, args.attn_implementation)
     common.check_vocabulary(tokenizer, model, args.model)
     args.max_length = min(args.max_length, common.context_length(model.config))

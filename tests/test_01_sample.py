@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections import Counter
 
 import datasets
@@ -292,9 +293,9 @@ def test_what_only_changes_memory_may_change_and_the_prompts_file_may_move(stage
     stage("--n", 3, **options | {"rows": rows[:5]}, words="prompts is another than when 01_sample.py ran")
 
 
-def test_a_model_that_a_killed_training_has_left_is_refused(stage, tmp_path):
+def test_a_model_that_a_killed_training_has_left_is_refused(stage, tiny, tmp_path):
     """FAULTS 33."""
-    (tmp_path / "06_model").mkdir()
+    shutil.copytree(tiny(), tmp_path / "06_model")
     (tmp_path / "06_args.json").write_text('{"stage": "06_train", "args": {}, "complete": false}')
     stage(model=tmp_path / "06_model", words="06_train.py has not finished")
 

@@ -196,6 +196,14 @@ def test_what_is_not_whole_is_refused(finished, tmp_path, fails, stage):
     fails(f"{source.name} not found; run {STAGES[STAGES.index(stage) - 1]}.py", stage, *arguments)
 
 
+@pytest.mark.parametrize("stage", [*FILES, "06_train"])
+def test_overwrite_with_a_wrong_name_loses_nothing(finished, tmp_path, fails, stage):
+    arguments, before = copy_run(finished, tmp_path, stage, itself=True), contents(tmp_path)
+    fails("no such folder", stage, *arguments, "--overwrite", "--model", "./typo")
+    fails("0: ", stage, *arguments, "--overwrite", "--batch_size", 0)
+    assert contents(tmp_path) == before and json.loads((tmp_path / f"{stage[:2]}_args.json").read_text())["complete"]
+
+
 def test_names_in_another_encoding_and_disks_without_locks(finished, tmp_path, ok, fails, monkeypatch):
     """A file's name that is no UTF-8 went into no record: a traceback. Lustre without flock read as a second run."""
 
