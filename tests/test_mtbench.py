@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def options(models, tmp_path):
-    """QUESTIONS for one model; answers have at most 6 tokens, judgments 5. An option given again stands, of a list both."""
+    """QUESTIONS for one model; answers of 6 tokens, judgments of 5. A later option stands, one of a list is added."""
     questions = write_rows(tmp_path / "question.jsonl", QUESTIONS)
     references = write_rows(tmp_path / "reference.jsonl", REFERENCES)
     usual = ["--questions", questions, "--references", references, "--output_dir", tmp_path / "out"]

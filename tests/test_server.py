@@ -595,7 +595,7 @@ def test_a_server_that_holds_to_no_form_is_read_as_json(good, tmp_path, ok, fail
     assert "constrained (schema)" in out and "warning: --score_mode: not as in stage 2" in err
     # and a run is not moved from a server to a local model of its name
     prompts = ("--prompts", good / "prompts.jsonl", "--n", 3, "--system_prob", 0.4, "--max_new_tokens", 40)
-    fails("--model is another", "01_sample", "--run_dir", tmp_path / "run", *prompts, "--model", "served")
+    fails("model 'served' can't be loaded", "01_sample", "--run_dir", tmp_path / "run", *prompts, "--model", "served")
 
 
 def test_keys_of_model_and_judge_reach_their_server_alone(tmp_path, ok, monkeypatch, capsys):
