@@ -1068,10 +1068,10 @@ def tokens_in_memory(config, dtype: str = "auto") -> int:
     """How many tokens' keys and values fill half of the GPU's, or the machine's, memory; the rest is the model's."""
     import torch
 
-    config, memory = config.get_text_config(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole, config, memory = config, config.get_text_config(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        dtype = str(config.dtype) if dtype == "auto" else dtype
+        dtype = str(config.dtype or whole.dtype) if dtype == "auto" else dtype  # as load_model does
     width = 2 if "16" in dtype else 4  # in bfloat16 a token of Llama-3.1-8B takes 128 KiB, so 80 GB hold 305,000
     heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

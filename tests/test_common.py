@@ -781,6 +781,9 @@ def test_half_of_a_gpu_s_memory_is_for_keys_and_values(monkeypatch):
     assert common.tokens_in_memory(llama, "bfloat16") == (40 << 30) // (128 << 10)
     for llama.dtype, tokens in ((torch.bfloat16, 327_680), (torch.float32, 163_840)):
         assert common.tokens_in_memory(llama) == tokens
+    seeing = types.SimpleNamespace(get_text_config=lambda: llama, dtype=torch.bfloat16)  # Gemma 3's says it outside
+    llama.dtype = None
+    assert common.tokens_in_memory(seeing) == 327_680
 
 
 @pytest.mark.parametrize(("rows", "each"), [(300, 1), (80, 5), (500, 1), (7, 3), (9, 1), (9, 99)])
