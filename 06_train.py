@@ -447,8 +447,8 @@ def total_metrics(groups: list[dict], logps: list[torch.Tensor], args: Args, pre
     return {f"{prefix}/{name}": value.item() for name, value in means.items()}
 
 
-def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rate: float) -> dict[str, float]:
-    """One optimizer step on the prompts of `batch`; returns its metrics. UserError if it is not finite."""
+def train_step(accelerator, model, optimizer, batch, args: Args, rate: float, computed_in: str) -> dict[str, float]:
+    """One optimizer step on the prompts of `batch`, in the type that is named; its metrics. UserError if not finite."""
     if args.gap_mean == "batch":
         set_weights(batch, args, None)
     denominator = denominator_of(batch, args)
@@ -457,8 +457,7 @@ def train_step(accelerator, model, optimizer, batch: list[dict], args: Args, rat
     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     ids, finite = ", ".join(str(group["id"]) for group in batch), math.isfinite(sums["loss"]) and math.isfinite(norm)
-    kind = accelerator.mixed_precision.replace("no", args.base_dtype)  # autocast's, or else the weights'
-    check(finite, f"the loss is not finite in {kind}; the prompts of this step: {ids}; lower --learning_rate?")
+    check(finite, f"the loss is not finite in {computed_in}; the prompts of this step: {ids}; lower --learning_rate?")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -747,6 +746,7 @@ def main(args: Args) -> None:
     check_args(args)
     accelerator = make_accelerator(args, named)
     first_process, device = accelerator.is_main_process, accelerator.device
+    computed_in = accelerator.mixed_precision.replace("no", args.base_dtype)  # autocast's type, or else the weights'
     args.tokens_per_batch = args.tokens_per_batch or (1536 if device.type == "cpu" else 8192)
 
     # What to train on what. A model is never guessed: pairs teach the one that wrote the responses.
@@ -818,8 +818,8 @@ def main(args: Args) -> None:
     def measure() -> dict[str, float]:
         set_weights(measured, args, mean_gap)
         logps = all_logps(accelerator, model, measured)
-        kind, finite = accelerator.mixed_precision.replace("no", args.base_dtype), torch.cat(logps).isfinite().all()
-        check(finite, f"the model's numbers are not finite in {kind}: lower --learning_rate?")
+        finite = torch.cat(logps).isfinite().all()
+        check(finite, f"the model's numbers are not finite in {computed_in}: lower --learning_rate?")
         return total_metrics(measured, logps, args, "eval" if held_out else "train")
 
     # Before training: dpo's frozen reference, and the metrics of the prompts that are measured; or all that as it was.
@@ -853,7 +853,7 @@ def main(args: Args) -> None:
             write(0, progress["before"])
         for number, batch in enumerate(steps[done:], done + 1):
             rate = args.learning_rate * learning_rate_factor(number - 1, len(steps), args.warmup_ratio)
-            metrics = train_step(accelerator, model, optimizer, batch, args, rate)
+            metrics = train_step(accelerator, model, optimizer, batch, args, rate, computed_in)
             progress["num_tokens"] += sum(map(width_of, rows_of(batch)))
             epoch = {"epoch": number / per_epoch}
             write(number, epoch | metrics | {"num_tokens": progress["num_tokens"]})
